@@ -1,0 +1,163 @@
+"""Arrays and rows to matplotlib axes. A structure has the same colour in every figure of the book."""
+
+import re
+from collections.abc import Iterable, Sequence
+from zlib import crc32
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from sparsesurvey.structure import Shape, Structure
+
+# Okabe and Ito's palette: told apart by readers with any colour vision.
+COLOURS = {"dense": "#555555", "unstructured": "#0072B2", "N:M": "#E69F00", "V:N:M": "#D55E00", "block": "#009E73"}
+OTHERS = ("#CC79A7", "#56B4E9", "#8C6BB1", "#A6761D", "#66A61E")
+
+
+def style() -> None:
+    """Set the book's look: crisp images in a notebook, thin axes, a light grid."""
+    plt.rcParams.update({
+        "figure.constrained_layout.use": True, "figure.dpi": 100, "figure.figsize": (7.2, 3.4), "font.size": 10,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
+        "grid.alpha": 0.25, "legend.frameon": False, "axes.titlesize": 10, "axes.titlelocation": "left",
+    })
+    try:
+        from matplotlib_inline.backend_inline import set_matplotlib_formats
+        set_matplotlib_formats("retina")
+    except (ImportError, AttributeError):  # outside IPython there is no inline backend to set
+        pass
+
+
+def family(structure: str) -> str:
+    """The family that a notation belongs to: ``2:4`` is N:M, ``block 8x8 50%`` is block."""
+    if re.fullmatch(r"\d+:\d+", structure):
+        return "N:M"
+    if re.fullmatch(r"\d+:\d+:\d+", structure):
+        return "V:N:M"
+    return structure.split()[0]
+
+
+def colour(structure: str) -> str:
+    """The colour of a structure's family; new families get one of their own from their name."""
+    name = family(str(structure))
+    return COLOURS.get(name) or OTHERS[crc32(name.encode()) % len(OTHERS)]
+
+
+def pattern(structure: Structure, mask: Tensor, weight: Tensor | None = None, ax: Axes | None = None) -> Axes:
+    """Draw a mask ``[out, in]``: kept weights coloured (darker = larger where ``weight`` is given), pruned ones empty."""
+    ax = ax or plt.figure(figsize=(3.4, 3.4)).add_subplot()
+    strength = np.ones(tuple(mask.shape)) if weight is None else _strength(weight)
+    image = np.where(mask.numpy(), strength, 0.0)
+    shades = LinearSegmentedColormap.from_list("kept", [(1, 1, 1), to_rgb(colour(str(structure)))])
+    ax.imshow(image, cmap=shades, vmin=0, vmax=1, interpolation="nearest", aspect="equal")
+    _draw_tiles(ax, mask.shape, structure.tile)
+    ax.set(xticks=[], yticks=[], xlabel="in", ylabel="out", title=f"{structure}")
+    ax.grid(False)
+    for spine in ax.spines.values():
+        spine.set(visible=True, color="#999999", linewidth=0.6)
+    return ax
+
+
+def _strength(weight: Tensor) -> np.ndarray:
+    """Magnitudes as 0.25 to 1 by rank, so that one outlier does not bleach the rest."""
+    rank = weight.abs().flatten().argsort().argsort().double() / max(weight.numel() - 1, 1)
+    return (0.25 + 0.75 * rank).view(weight.shape).numpy()
+
+
+def _draw_tiles(ax: Axes, shape: Sequence[int], tile: Shape) -> None:
+    """Thin lines between the structure's tiles, where they are wide enough to be told apart."""
+    for step, size, line in ((tile[0], shape[0], ax.axhline), (tile[1], shape[1], ax.axvline)):
+        if step > 1 and size / step <= 40:
+            for edge in range(step, size, step):
+                line(edge - 0.5, color="#888888", linewidth=0.5, alpha=0.7)
+
+
+def patterns(structures: Sequence[Structure], weight: Tensor) -> Figure:
+    """The masks that each structure chooses by magnitude from the same weight, side by side."""
+    figure, axes = plt.subplots(1, len(structures), figsize=(2.5 * len(structures), 2.9), squeeze=False)
+    for ax, structure in zip(axes[0], structures):
+        mask = structure.mask(weight.abs())
+        pattern(structure, mask, weight, ax)
+        ax.set_xlabel(f"density {mask.double().mean():.3g}")
+    for ax in axes[0, 1:]:
+        ax.set_ylabel("")
+    return figure
+
+
+def retention(tables: dict[str, pd.DataFrame], ax: Axes | None = None) -> Axes:
+    """Share of the best unstructured choice's energy that each structure keeps; one table of ``pruning.retention`` a weight."""
+    ax = ax or plt.figure().add_subplot()
+    height = 0.8 / len(tables)
+    names = list(dict.fromkeys(name for table in tables.values() for name in table["structure"]))
+    for number, (label, table) in enumerate(tables.items()):
+        shares = table.set_index("structure")["share of best"].reindex(names)
+        place = np.arange(len(names)) + (number - (len(tables) - 1) / 2) * height
+        bars = ax.barh(place, shares, height * 0.92, color=[colour(name) for name in names],
+                       alpha=1 - 0.6 * number / len(tables), label=label)
+        ax.bar_label(bars, [f"{share:.2f} {label}" for share in shares], padding=3, fontsize=8)
+    ax.set(yticks=range(len(names)), yticklabels=names, xlim=(0, 1.25), xticks=np.arange(0, 1.01, 0.25),
+           xlabel="energy kept, as a share of the best unstructured choice at equal density")
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    return ax
+
+
+def storage(structures: Sequence[Structure], shape: Shape, itemsize: int = 2, ax: Axes | None = None) -> Axes:
+    """Stored bits per weight position: values below, everything else above, from the structures' cost model."""
+    ax = ax or plt.figure().add_subplot()
+    names = [str(structure) for structure in structures]
+    size = shape[0] * shape[1]
+    values = np.array([8 * itemsize * structure.nnz(shape) / size for structure in structures])
+    index = np.array([structure.index_bits(shape) / size for structure in structures])
+    ax.bar(names, values, color=[colour(name) for name in names])
+    bars = ax.bar(names, index, bottom=values, color=[colour(name) for name in names], alpha=0.45, hatch="///", edgecolor="white")
+    ax.bar_label(bars, [f"{total:.2f}" for total in values + index], padding=2, fontsize=9)
+    ax.set(ylabel="bits per weight", ylim=(0, 1.12 * max(values + index)),
+           title=f"values (solid) and index (hatched), {8 * itemsize}-bit values, {shape[0]} x {shape[1]}")
+    ax.grid(axis="x", visible=False)
+    if max(map(len, names)) > 8:
+        ax.tick_params(axis="x", rotation=20)
+    return ax
+
+
+def shares(table: pd.DataFrame, unit: str, ax: Axes | None = None) -> Axes:
+    """Stacked bars: one bar a column of ``table``, one segment a row, each as a share of its column."""
+    ax = ax or plt.figure(figsize=(7.2, 2.6)).add_subplot()
+    left = np.zeros(table.shape[1])
+    tints = plt.get_cmap("viridis")(np.linspace(0.1, 0.92, len(table)))
+    for tint, (part, amounts) in zip(tints, (table / table.sum()).iterrows()):
+        bars = ax.barh(table.columns, amounts, left=left, color=tint, label=part)
+        ink = "white" if np.dot(tint[:3], (0.3, 0.6, 0.1)) < 0.55 else "black"
+        ax.bar_label(bars, [f"{amount:.0%}" if amount > 0.035 else "" for amount in amounts], label_type="center", color=ink, fontsize=9)
+        left += amounts.to_numpy()
+    ax.set(xlim=(0, 1), xlabel=f"share of {unit}")
+    ax.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    ax.legend(ncols=len(table), loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=8, handlelength=1, columnspacing=1)
+    return ax
+
+
+def bounds(structures: Sequence[Structure], shape: Shape, roofline, itemsize: int = 2, ax: Axes | None = None) -> Axes:
+    """Roofline bound on the speed-up over dense against the number of tokens, if all arithmetic saved were time saved."""
+    ax = ax or plt.figure().add_subplot()
+    tokens = np.unique(np.logspace(0, 15, 61, base=2).round().astype(int))
+    size = shape[0] * shape[1]
+    for structure in structures:
+        gains = []
+        for count in tokens.tolist():
+            sparse = structure.cost(shape, count, itemsize)
+            dense = type(sparse)(2 * count * size, size * itemsize, sparse.io_bytes)
+            gains.append(roofline.bound(dense) / roofline.bound(sparse))
+        ax.plot(tokens, gains, color=colour(str(structure)), label=str(structure))
+        ax.annotate(str(structure), (tokens[-1], gains[-1]), xytext=(4, 0), textcoords="offset points", va="center",
+                    fontsize=8, color=colour(str(structure)))
+    ax.axhline(1, color=COLOURS["dense"], linewidth=1, linestyle=":")
+    ax.set(xscale="log", xlabel="tokens", ylabel="bound on speed-up over dense", title=f"bound, not a measurement: {roofline.source}")
+    ax.set_xscale("log", base=2)
+    return ax
