@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsesurvey.structure import Pattern, Plan, Shape
+from sparsesurvey.structure import Pattern, Plan, Shape, check_activations, check_pair, check_part
 
 
 class PackedDense(NamedTuple):
@@ -29,7 +29,7 @@ class Dense(Pattern):
         return 1.0
 
     def holds(self, mask: Tensor) -> bool:
-        return mask.dim() == 2
+        return self.check_mask(mask).dim() == 2
 
     def mask(self, scores: Tensor) -> Tensor:
         return torch.ones_like(self.check_scores(scores), dtype=torch.bool)
@@ -38,18 +38,24 @@ class Dense(Pattern):
         return 0
 
     def pack(self, weight: Tensor) -> PackedDense:
-        return PackedDense(self.check_member(weight).contiguous())
+        return PackedDense(self.check_member(weight).clone(memory_format=torch.contiguous_format))
 
     def unpack(self, packed: PackedDense) -> Tensor:
-        return packed.values
+        check_part("values", packed.values, None, packed.values.shape[:2])
+        return packed.values.clone()
 
     def spmm_torch(self, packed: PackedDense) -> Plan:
+        """``F.linear``: what every other structure's time is compared with."""
         weight = packed.values
-        return lambda x: torch.nn.functional.linear(x, weight)
+        return lambda x: torch.nn.functional.linear(check_activations("x", x, weight.shape[1], weight), weight)
 
     def spmmt_torch(self, packed: PackedDense) -> Plan:
         weight = packed.values
-        return lambda dy: dy @ weight
+        return lambda dy: check_activations("dy", dy, weight.shape[0], weight) @ weight
 
     def sddmm_torch(self, packed: PackedDense) -> Plan:
-        return lambda dy, x: dy.T @ x
+        def run(dy: Tensor, x: Tensor) -> Tensor:
+            dy, x = check_pair(dy, x, packed.values.shape, packed.values)
+            return dy.T @ x
+
+        return run

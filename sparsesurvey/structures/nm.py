@@ -12,27 +12,29 @@ tensor([[[5., 4.],
 """
 
 from dataclasses import dataclass
+from math import ceil
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparsesurvey.structure import (
-    Pattern, Plan, Shape, bits_for, check_int, pack_bits, top, unpack_bits,
+    Pattern, Shape, bits_for, check_int, check_order, check_part, pack_bits, tiles, top, unpack_bits,
 )
 
 
 class PackedNM(NamedTuple):
-    values: Tensor  # [out, in / m, n]
-    index: Tensor  # uint8 [out, bytes]: n positions of log2(m) bits a group, or the group's m-bit bitmap
+    values: Tensor  # [out, in / m, n], in the order of the inputs
+    index: Tensor  # uint8 [out, bytes]: n positions of ceil(log2 m) bits a group, or the group's m-bit bitmap
     shape: Shape
 
 
 @dataclass(frozen=True)
 class NM(Pattern):
-    """At most ``n`` kept of every ``m`` consecutive inputs of one output.
+    """At most ``n`` kept of every ``m`` consecutive inputs of one output; m at most 64.
 
-    Stored as n values a group and the shorter of two codes: n positions of ceil(log2 m) bits, or a bitmap of m bits.
+    Stored as n values a group (zeros fill up a group that has fewer) and the shorter of two codes, each row padded to
+    whole bytes: n positions of ceil(log2 m) bits, or a bitmap of m bits. For n = m there is nothing to tell.
     """
 
     n: int = 2
@@ -58,17 +60,71 @@ class NM(Pattern):
         return self.n / self.m
 
     def holds(self, mask: Tensor) -> bool:
-        return bool((mask.view(mask.shape[0], -1, self.m).sum(-1) <= self.n).all())
+        return bool((tiles(self.check_mask(mask), 1, self.m).sum(-1) <= self.n).all())
 
     def mask(self, scores: Tensor) -> Tensor:
+        """The n highest of every group, which is optimal: groups are independent."""
         groups = self.check_scores(scores).reshape(scores.shape[0], -1, self.m)
         return top(groups, self.n).view(scores.shape)
 
+    def nnz(self, shape: Shape) -> int:
+        out, inn = self.check_shape(shape)
+        return out * inn // self.m * self.n
+
+    @property
+    def position_bits(self) -> int:
+        """Bits of one position where positions are stored; 0 where a bitmap is shorter."""
+        width = bits_for(self.m)
+        return width if self.n * width <= self.m else 0
+
     @property
     def code_bits(self) -> int:
-        """Bits a group spends on telling which of its inputs are kept."""
-        return min(self.n * bits_for(self.m), self.m)
+        """Bits that a group spends on telling which of its inputs are kept."""
+        if self.n == self.m:
+            return 0
+        return self.n * self.position_bits or self.m
 
     def index_bits(self, shape: Shape) -> int:
         out, inn = self.check_shape(shape)
-        return out * 8 * -(-inn // self.m * self.code_bits // 8)
+        return out * 8 * self.row_bytes(inn)
+
+    def row_bytes(self, inn: int) -> int:
+        return ceil(inn // self.m * self.code_bits / 8)
+
+    def pack(self, weight: Tensor) -> PackedNM:
+        out, inn = weight.shape if weight.dim() == 2 else (0, 0)
+        kept = self.stored(weight)
+        return PackedNM(weight[kept].view(out, inn // self.m, self.n), self.encode(kept), (out, inn))
+
+    def encode(self, kept: Tensor) -> Tensor:
+        """Mask with exactly n kept a group to its code, uint8 ``[out, bytes]``."""
+        out, inn = kept.shape
+        if self.n == self.m:
+            return torch.empty(out, 0, dtype=torch.uint8, device=kept.device)
+        if not self.position_bits:
+            return pack_bits(kept, 1)
+        positions = kept.view(-1, self.m).nonzero()[:, 1]
+        return pack_bits(positions.view(out, -1), self.position_bits)
+
+    def decode(self, packed: PackedNM) -> Tensor:
+        """Invert ``encode``; ValueError unless the code names exactly n inputs of each group."""
+        out, inn = self.check_shape(packed.shape)
+        index, groups = packed.index, inn // self.m
+        check_part("index", index, torch.uint8, (out, self.row_bytes(inn)))
+        kept = torch.ones(out, groups, self.m, dtype=torch.bool, device=index.device)
+        if self.position_bits:
+            positions = unpack_bits(index, self.position_bits, groups * self.n).view(out, groups, self.n)
+            check_order("index", positions, self.m)
+            kept = torch.zeros_like(kept).scatter_(-1, positions.long(), True)
+        elif self.n < self.m:
+            kept = unpack_bits(index, 1, inn).view(kept.shape).bool()
+            if (kept.sum(-1) != self.n).any():
+                raise ValueError(f"packed.index must set {self.n} of the {self.m} bits of every group")
+        return kept.view(out, inn)
+
+    def unpack(self, packed: PackedNM) -> Tensor:
+        out, inn = self.check_shape(packed.shape)
+        check_part("values", packed.values, None, (out, inn // self.m, self.n))
+        weight = packed.values.new_zeros(out, inn)
+        weight[self.decode(packed)] = packed.values.flatten()
+        return weight
