@@ -1,7 +1,7 @@
 """Arrays and rows to matplotlib axes. A structure has the same colour in every figure of the book."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from zlib import crc32
 
 import matplotlib.pyplot as plt
@@ -12,6 +12,7 @@ from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from sparsesurvey.records import Measurement
 from sparsesurvey.structure import Shape, Structure
 
 # Okabe and Ito's palette: told apart by readers with any colour vision.
@@ -160,4 +161,115 @@ def bounds(structures: Sequence[Structure], shape: Shape, roofline, itemsize: in
     ax.axhline(1, color=COLOURS["dense"], linewidth=1, linestyle=":")
     ax.set(xscale="log", xlabel="tokens", ylabel="bound on speed-up over dense", title=f"bound, not a measurement: {roofline.source}")
     ax.set_xscale("log", base=2)
+    return ax
+
+
+def speedups(rows: Iterable[Measurement], bound: Mapping[str, float] | None = None) -> Figure:
+    """Measured ratios to dense, one panel a machine, one line a structure and product, one marker a kernel.
+
+    Whiskers run from the 20th to the 80th percentile, hollow markers are stale rows. ``bound`` maps notations to the
+    roofline bound on the machine of the live rows, drawn there as a tick.
+    """
+    rows = [row for row in rows if row.metric == "speedup" and row.structure != "dense" and row.method != "dense"]
+    panels = by_machine(rows)
+    if not panels:
+        return empty("no speed-up has been measured yet")
+    lines = {title: list(dict.fromkeys(map(_line, group))) for title, group in panels.items()}
+    counts = [len(names) + 1 for names in lines.values()]
+    figure, axes = plt.subplots(len(panels), 1, figsize=(7.4, 0.8 + 0.42 * sum(counts)), squeeze=False, height_ratios=counts)
+    kernels = list(dict.fromkeys(row.method for row in rows))
+    for ax, (title, group) in zip(axes[:, 0], panels.items()):
+        for row in group:
+            _draw_ratio(ax, row, lines[title].index(_line(row)), kernels.index(row.method), len(kernels))
+            if bound and row.origin == "live" and row.structure in bound:
+                place = lines[title].index(_line(row))
+                ax.plot([bound[row.structure]] * 2, [place - 0.3, place + 0.3], color="black", linewidth=1.5)
+        ax.axvline(1, color=COLOURS["dense"], linewidth=1, linestyle=":")
+        ax.set(yticks=range(len(lines[title])), yticklabels=lines[title], ylim=(len(lines[title]) - 0.4, -0.6), title=title)
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter(lambda ratio, _: f"{ratio:g}")
+    axes[-1, 0].set_xlabel("times as fast as dense, log scale" + (" (tick: roofline bound here)" if bound else ""))
+    handles = [plt.Line2D([], [], color="#333333", marker=MARKERS[number % len(MARKERS)], linestyle="", label=name)
+               for number, name in enumerate(kernels)]
+    figure.legend(handles=handles, loc="outside upper right", ncols=4, fontsize=8)
+    return figure
+
+
+MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
+
+
+def by_machine(rows: Iterable[Measurement]) -> dict[str, list[Measurement]]:
+    """Rows by what a figure must say of them: machine, live or recorded, and the day; live ones first."""
+    found: dict[tuple, list[Measurement]] = {}
+    for row in sorted(rows, key=lambda row: row.origin):
+        found.setdefault((row.origin, row.machine.slug), []).append(row)
+    return {f"{group[0].machine}, {origin} {max(row.date for row in group)[:10]}": group
+            for (origin, _), group in found.items()}
+
+
+def empty(message: str) -> Figure:
+    """A figure that says in words why there is nothing to draw."""
+    figure = plt.figure(figsize=(7.2, 0.8))
+    figure.text(0.5, 0.5, message, ha="center", va="center", color="#555555")
+    return figure
+
+
+def _line(row: Measurement) -> str:
+    product = {"spmm": "forward", "spmmt": "input grad", "sddmm": "weight grad"}.get(row.at.get("product"), "")
+    return f"{row.structure}, {product}\n[{row.at.get('tokens')}] x [{row.at.get('out')} x {row.at.get('in')}]"
+
+
+def _draw_ratio(ax: Axes, row: Measurement, line: int, number: int, count: int) -> None:
+    place = line + (number - (count - 1) / 2) * min(0.16, 0.7 / count)
+    tint = colour(row.structure)
+    ax.errorbar(row.value, place, xerr=[[row.value - row.low], [row.high - row.value]], color=tint, elinewidth=1, capsize=2,
+                marker=MARKERS[number % len(MARKERS)], markersize=6, markerfacecolor="white" if row.stale else tint)
+
+
+def curves(rows: Iterable[Measurement], floor: float | None = None, ax: Axes | None = None) -> Axes:
+    """Loss against training tokens: a line a structure (the mean over its seeds), a band from its lowest to highest seed.
+
+    ``floor`` is a loss that nothing can go below (the entropy of the language), drawn as a line.
+    """
+    ax = ax or plt.figure(figsize=(7.2, 3.8)).add_subplot()
+    rows = list(rows)
+    for name, style_ in _dashes(rows).items():
+        mine = pd.DataFrame([{"tokens": row.at["tokens"], "seed": row.at["seed"], "loss": row.value}
+                             for row in rows if row.structure == name])
+        loss = mine.groupby("tokens")["loss"].agg(["mean", "min", "max"])
+        ax.plot(loss.index, loss["mean"], color=colour(name), linestyle=style_, label=f"{name} ({mine['seed'].nunique()})")
+        ax.fill_between(loss.index, loss["min"], loss["max"], color=colour(name), alpha=0.15, linewidth=0)
+    if floor is not None:
+        ax.axhline(floor, color="black", linewidth=1, linestyle=":")
+        ax.annotate("entropy of the language", (0, floor), xytext=(4, 3), textcoords="offset points", fontsize=8)
+    ax.set(xlabel="training tokens", ylabel=f"validation loss, {rows[0].unit}", title="; ".join(by_machine(rows)))
+    ax.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1e3:g}k" if tokens < 1e6 else f"{tokens / 1e6:g}M")
+    ax.legend(title="structure (seeds)", title_fontsize=8, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return ax
+
+
+def _dashes(rows: Iterable[Measurement]) -> dict[str, str]:
+    """A line style for each structure that differs within its family, whose colour it shares."""
+    styles: dict[str, str] = {}
+    for name in dict.fromkeys(row.structure for row in rows):
+        rank = sum(family(other) == family(name) for other in styles)
+        styles[name] = ("-", "--", ":", "-.")[rank % 4]
+    return styles
+
+
+def final_losses(rows: Iterable[Measurement], ax: Axes | None = None) -> Axes:
+    """The loss at the end of each run: a dot a seed, a bar at the mean, the dense seeds' range shaded."""
+    rows = list(rows)
+    last = max(row.at["step"] for row in rows)
+    names = list(dict.fromkeys(row.structure for row in rows))
+    ax = ax or plt.figure(figsize=(7.2, 0.9 + 0.34 * len(names))).add_subplot()
+    for place, name in enumerate(names):
+        ends = np.array([row.value for row in rows if row.structure == name and row.at["step"] == last])
+        if name == "dense":
+            ax.axvspan(ends.min(), ends.max(), color=colour(name), alpha=0.15, linewidth=0)
+        ax.plot(ends, np.full(len(ends), place), "o", color=colour(name), alpha=0.7, markersize=5)
+        ax.plot([ends.mean()] * 2, [place - 0.3, place + 0.3], color=colour(name), linewidth=2)
+    ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.6), xlabel=f"validation loss, {rows[0].unit}",
+           title=f"after {last} steps: a dot a seed, a bar at the mean, grey the range of dense; {'; '.join(by_machine(rows))}")
+    ax.title.set_fontsize(8)
     return ax
