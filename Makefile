@@ -1,0 +1,70 @@
+# make book   create the environment, execute every chapter, build _build/html/index.html
+# make test   run the tests             make lab    open JupyterLab on the notebooks
+# make clean  delete _build (with the rows measured here)       make distclean  also the environment and npm's files
+#
+# make book DEVICE=cuda PRESET=full THREADS=2 JOBS=1 TIMEOUT=36000     passed on to the chapters and their execution
+# make book PYTHON=python3.12 VENV=.venv312                            another interpreter, another environment
+
+PYTHON  ?= python3
+VENV    ?= .venv
+DEVICE  ?= cpu
+PRESET  ?= default
+THREADS ?= 1
+JOBS    ?=
+TIMEOUT ?=
+
+comma   := ,
+EXTRAS  ?= book,test$(if $(filter cuda%,$(DEVICE)),$(comma)gpu)
+BIN     := $(VENV)/bin
+READY   := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
+VENDOR  := book/_assets/vendor
+WIDGETS := node_modules/@jupyter-widgets/html-manager/dist
+
+.PHONY: book test lab clean distclean
+.DELETE_ON_ERROR:
+
+book: $(READY) $(VENDOR)/.complete
+	$(BIN)/python book/build.py --device $(DEVICE) --preset $(PRESET) --threads $(THREADS) \
+		$(if $(JOBS),--jobs $(JOBS)) $(if $(TIMEOUT),--timeout $(TIMEOUT))
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lab: $(READY)
+	SPARSESURVEY_ROWS=$(CURDIR)/_build/rows SPARSESURVEY_RUNS=$(CURDIR)/_build/runs $(BIN)/jupyter lab notebooks
+
+clean:
+	rm -rf _build
+
+distclean: clean
+	rm -rf $(VENV) node_modules $(VENDOR)
+
+# Nothing is installed again until the requirements change.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=…")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
+	touch $@
+
+# The front-end files of widgets and formulas: pinned by package-lock.json, copied, never committed. The fonts go to two
+# places because embed-amd.js looks in either, by a race. Without npm the pages use the public CDN and say so.
+$(VENDOR)/.complete: package.json package-lock.json Makefile
+	@if ! command -v npm >/dev/null; then \
+		echo "npm was not found: the pages will load widgets and formulas from the public CDN, and say so."; \
+	elif npm ci --ignore-scripts --no-audit --no-fund && $(MAKE) --no-print-directory vendor; then \
+		touch $@; \
+	else \
+		rm -rf $(VENDOR); \
+		echo "npm failed: the pages will load widgets and formulas from the public CDN, and say so."; \
+	fi
+
+.PHONY: vendor
+vendor:
+	rm -rf $(VENDOR)
+	mkdir -p $(VENDOR)/@jupyter-widgets/html-manager/dist $(VENDOR)/mathjax/output/chtml/fonts
+	cp node_modules/requirejs/require.js $(WIDGETS)/embed-amd.js $(VENDOR)/
+	cp node_modules/anywidget/dist/index.js $(VENDOR)/anywidget.js
+	cp $(WIDGETS)/*.woff2 $(VENDOR)/@jupyter-widgets/
+	cp $(WIDGETS)/*.woff2 $(VENDOR)/@jupyter-widgets/html-manager/dist/
+	cp node_modules/mathjax/es5/tex-mml-chtml.js $(VENDOR)/mathjax/
+	cp -r node_modules/mathjax/es5/output/chtml/fonts/woff-v2 $(VENDOR)/mathjax/output/chtml/fonts/
