@@ -18,10 +18,11 @@ import torch
 from sparsesurvey.machine import Machine, check_device
 from sparsesurvey.records import CorruptRecord, Measurement, latest, live, record, recorded, rows
 from sparsesurvey.source import code_of
+from sparsesurvey.tables import table
 
 __all__ = [
     "CorruptRecord", "Machine", "Measurement", "Timing", "check_device", "code_of", "compare", "latest", "live",
-    "record", "recorded", "rows",
+    "record", "recorded", "rows", "table",
 ]
 
 Run = Callable[[], Any]

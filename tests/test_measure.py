@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsesurvey import records, source
+from sparsesurvey import measure, records, source
 from sparsesurvey.machine import Machine
 from sparsesurvey.measure import (
     CorruptRecord, Measurement, Timing, check_device, code_of, compare, latest, live, record, recorded, rows,
@@ -495,6 +495,34 @@ def test_timing_is_median_and_percentiles():
 def test_compare_bad_input(changes, named):
     with pytest.raises(ValueError, match=named):
         compare(**{"runs": {"a": int}, "baseline": "a", **changes})
+
+
+class FakeEvent:
+    """A GPU's clock that ticks one millisecond a call of the run and ten a flush, read in order of the queue."""
+
+    now = 0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.time = FakeEvent.now
+
+    def elapsed_time(self, other):
+        return other.time - self.time
+
+
+@pytest.mark.parametrize("flushed", [False, True])
+def test_a_gpu_is_timed_by_its_own_clock(monkeypatch, flushed):
+    from contextlib import nullcontext
+    tick = lambda by: setattr(FakeEvent, "now", FakeEvent.now + by)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda where: nullcontext())
+    monkeypatch.setattr(measure, "check_device", torch.device)
+    monkeypatch.setattr(measure, "_cache_filler", lambda where: lambda: tick(10))
+    seen = compare({"slow": lambda: tick(4), "fast": lambda: tick(1)}, "slow", rounds=3, device="cuda", flush_l2=flushed)
+    assert set(seen["slow"].samples) == {4e-3} and set(seen["fast"].samples) == {1e-3} and seen["fast"].speedup == 4
 
 
 def test_package_is_imported_without_triton_or_cupy():

@@ -1,0 +1,274 @@
+"""Benchmarks: a structure's kernels against the dense product, and what the machine can do at most.
+
+Structures are handed in. Every kernel is checked against float64 before it is timed; what is already recorded for
+the same machine and code is not measured again, so a chapter that is executed twice is quick and says the same.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sparsesurvey import measure
+from sparsesurvey.measure import Machine, Measurement, Timing
+from sparsesurvey.probes import copy_run, last_cache_bytes, launch_run, matmul_run
+from sparsesurvey.roofline import A100, COPY, H100, H200, LAUNCH, MATMUL, Roofline
+from sparsesurvey.scores import magnitude
+from sparsesurvey.structure import PRODUCTS, Pattern, Plan, Shape, Structure, Unavailable, check_int
+from sparsesurvey.tables import table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["A100", "H100", "H200", "Benchmark", "Roofline", "WrongProduct", "calibrate", "noise", "products"]
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+METRICS = {"relative error": "1", "time": "s", "speedup": "x"}  # of every kernel; dense itself has only a time
+
+
+class WrongProduct(RuntimeError):
+    """A kernel's result is not the product; it is not timed."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What ``products`` found: rows of this machine, and why a kernel has none."""
+
+    structure: str
+    rows: list[Measurement]
+    unavailable: dict[str, str]  # kernel: reason
+
+    def table(self, metric: str | None = None) -> "pd.DataFrame":
+        """The rows (of one metric if given) and the kernels that cannot run here, for a page."""
+        return table(self.rows, metric, {(self.structure, name): why for name, why in self.unavailable.items()})
+
+
+def products(structure: Structure, shape: Shape, tokens: int, chapter: str, *, dtype: str = "float32",
+             device: str = "cpu", threads: int = 1, product: str = "spmm", record: str = "",
+             kernels: Iterable[str] | None = None, rounds: int = 15, min_seconds: float = 0.02,
+             flush_l2: bool = False) -> Benchmark:
+    """Time the kernels of ``structure`` for one product against dense, in one ``compare``.
+
+    The weight ``[out, in]`` is random, made a member by magnitude; dense multiplies the weight before that. Rows,
+    kept in ``chapter`` of the folder ``record`` (empty: the live rows): each kernel's "relative error" (the largest
+    difference from float64 over the largest result), "time" (s) and "speedup" (x, dense's time over this one's, round
+    by round), and dense's time as method "dense". ``kernels`` is by default all but the reference, which multiplies
+    the dense weight again. WrongProduct if a kernel's result is off by more than rounding; ValueError for bad input.
+    """
+    runs = _check(structure, shape, tokens, dtype, threads, product, kernels)
+    where = measure.check_device(device)
+    at = {"out": shape[0], "in": shape[1], "tokens": tokens, "dtype": dtype, "threads": threads, "product": product}
+    if where.type == "cuda":
+        at["cache"] = "flushed" if flush_l2 else "warm"
+    with _threads(threads):
+        book = _Book(str(structure), type(structure).__module__, at, Machine.current(device), chapter, record)
+        missing = [name for name in runs if not book.complete(name)]
+        unavailable: dict[str, str] = {}
+        if missing:
+            case = _Case(structure, shape, tokens, DTYPES[dtype], where, product)
+            plans, errors = {"dense": case.dense}, {}
+            for name in missing:
+                try:
+                    plan = runs[name](case.packed)
+                    errors[name] = case.error(name, plan)
+                    plans[name] = plan
+                except Unavailable as reason:
+                    unavailable[name] = str(reason)
+            if errors:
+                calls = {name: _call(plan, case.inputs) for name, plan in plans.items()}
+                times = measure.compare(calls, "dense", rounds, min_seconds, device, flush_l2)
+                book.write(times, errors)
+        return Benchmark(str(structure), book.rows(["dense", *runs]), unavailable)
+
+
+def noise(shape: Shape, tokens: int, *, dtype: str = "float32", device: str = "cpu", threads: int = 1,
+          rounds: int = 25, min_seconds: float = 0.02) -> dict[str, Timing]:
+    """Dense against itself: how far raw times stray (``spread``), and their paired ratio from 1 (``speedup_spread``)."""
+    _check_case(shape, tokens, dtype, threads, "spmm")
+    where = measure.check_device(device)
+    with _threads(threads):
+        weight, inputs = _operands(shape, tokens, DTYPES[dtype], where, "spmm")
+        run = _call(_dense("spmm", weight), inputs)
+        return measure.compare({"dense": run, "dense again": run}, "dense", rounds, min_seconds, device)
+
+
+def calibrate(device: str = "cpu", threads: int = 1, record: str = "", rounds: int = 5,
+              min_seconds: float = 0.02) -> list[Measurement]:
+    """Copy bandwidth (bytes read + written), dense matmul rate and the smallest call, as rows of "measuring".
+
+    On a CPU fp32 at 2048 x 2048, on a GPU bf16 at 8192 x 8192. Copied are two buffers that fit a cache, and two that
+    together are four times the last one (at most 1 GiB on a CPU: a virtual machine is told of caches that it shares).
+    """
+    check_int("threads", threads, 1)
+    where = measure.check_device(device)
+    with _threads(threads):
+        machine, books = Machine.current(device), {}
+        for name, (metric, settings, _) in _probes(where).items():
+            at = {**settings, "threads": threads}
+            books[name] = metric, _Book("dense", "sparsesurvey.probes", at, machine, "measuring", record)
+        if not all(book.rows(["torch"], metric) for metric, book in books.values()):
+            made = {name: make() for name, (_, _, make) in _probes(where).items()}
+            times = measure.compare({name: run for name, (run, _) in made.items()}, MATMUL, rounds, min_seconds, device)
+            for name, (metric, book) in books.items():
+                time, work = times[name], made[name][1]
+                if metric == LAUNCH:
+                    book.add("torch", metric, "s", time.seconds, time.low, time.high)
+                else:
+                    unit = "B/s" if metric == COPY else "FLOP/s"
+                    book.add("torch", metric, unit, work / time.seconds, work / time.high, work / time.low)
+    return [row for metric, book in books.values() for row in book.rows(["torch"], metric)]
+
+
+def _probes(device: torch.device) -> dict[str, tuple[str, dict, Callable[[], tuple]]]:
+    """By name: the metric, its settings, and what makes the run and the work (bytes or FLOP) that one call does."""
+    gpu = device.type == "cuda"
+    side, dtype = (8192, "bfloat16") if gpu else (2048, "float32")
+    near = 2**23 if gpu else 2**19  # bytes of each of the two buffers
+    far = min(max(2 * last_cache_bytes(device), 2**26), 2**30 if gpu else 2**29)
+    return {
+        "near": (COPY, {"bytes": 2 * near, "level": "cache"}, lambda: copy_run(near, device)),
+        "far": (COPY, {"bytes": 2 * far, "level": "memory"}, lambda: copy_run(far, device)),
+        MATMUL: (MATMUL, {"side": side, "dtype": dtype}, lambda: matmul_run(side, DTYPES[dtype], device)),
+        LAUNCH: (LAUNCH, {}, lambda: launch_run(device)),
+    }
+
+
+class _Book:
+    """The rows of one structure under the same settings on this machine: what is there, and how to add to it."""
+
+    def __init__(self, structure: str, source: str, at: dict[str, Any], machine: Machine, chapter: str, folder: str):
+        self.structure, self.source, self.at, self.machine = structure, source, at, machine
+        self.chapter, self.folder = chapter, folder
+        self.code = measure.code_of(source)  # before anything is timed: the code that runs, not what it is edited to
+
+    def add(self, method: str, metric: str, unit: str, value: float, low: float, high: float) -> None:
+        row = Measurement.now(
+            metric, unit, value, structure=self.structure, method=method, at=self.at, source=self.source,
+            low=min(low, value), high=max(high, value), machine=self.machine, code=self.code)
+        measure.record(row, self.chapter, self.folder)
+
+    def write(self, times: Mapping[str, Timing], errors: Mapping[str, float]) -> None:
+        """The kernel's speed-up goes last, so that a kernel with a speed-up is complete whenever we are killed."""
+        for name, time in times.items():
+            self.add(name, "time", "s", time.seconds, time.low, time.high)
+        for name, error in errors.items():
+            self.add(name, "relative error", "1", error, error, error)
+            time = times[name]
+            self.add(name, "speedup", "x", time.speedup, time.speedup_low, time.speedup_high)
+
+    def rows(self, methods: Iterable[str], metric: str | None = None) -> list[Measurement]:
+        """What is recorded of these methods with this code, in their order and that of ``METRICS``."""
+        order = {name: rank for rank, name in enumerate(methods)}
+        metrics = [metric] if metric else list(METRICS)
+        mine = [row for row in measure.live(self.chapter, self.folder)
+                if row.structure == self.structure and row.method in order and row.metric in metrics
+                and row.code == self.code and row.machine.slug == self.machine.slug and row.at == self.at]
+        return sorted(mine, key=lambda row: (order[row.method], metrics.index(row.metric)))
+
+    def complete(self, kernel: str) -> bool:
+        return {row.metric for row in self.rows([kernel])} == set(METRICS)
+
+
+class _Case:
+    """The operands of one product, and how far from the right result rounding may lead."""
+
+    def __init__(self, structure: Structure, shape: Shape, tokens: int, dtype: torch.dtype, device: torch.device,
+                 product: str):
+        weight, self.inputs = _operands(shape, tokens, dtype, device, product)
+        self.dense = _dense(product, weight)
+        if isinstance(structure, Pattern):
+            member = weight * structure.mask(magnitude(weight.cpu())).to(device)
+        else:
+            member = structure.unpack(structure.pack(weight))
+        self.packed = structure.pack(member)
+        self.structure, self.member, self.product = structure, member, product
+        length = tokens if product == "sddmm" else shape[product == "spmm"]
+        rounding = torch.finfo(dtype).eps
+        # A sum of n terms in fp32 or fp64 strays by about sqrt(n) roundings; fp16 and bf16 are summed in fp32 and
+        # rounded at the end, or a few times where a library splits the sum.
+        self.allowed = 4 * rounding * (length**0.5 if rounding < 1e-4 else 1)
+
+    @cached_property
+    def right(self) -> Tensor:
+        """The product in float64; the weight gradient at the stored weights, as ``packed.values`` are."""
+        member = self.member.double()
+        if self.product == "sddmm":
+            exact = self.structure.sddmm_reference(self.structure.pack(member))
+        else:
+            exact = _dense(self.product, member)
+        return exact(*(operand.double() for operand in self.inputs))
+
+    def error(self, name: str, plan: Plan) -> float:
+        """Largest difference from float64 over the largest result; WrongProduct if that is more than rounding."""
+        result = plan(*self.inputs)
+        if result.shape != self.right.shape or result.dtype != self.inputs[0].dtype:
+            raise WrongProduct(f"kernel {name} gave {result.dtype} {tuple(result.shape)}, "
+                               f"not {self.inputs[0].dtype} {tuple(self.right.shape)}")
+        scale = float(self.right.abs().max()) or 1.0
+        error = float((result.double() - self.right).abs().max()) / scale
+        if not error <= self.allowed:
+            raise WrongProduct(f"kernel {name} is off by {error:.2g} of the largest result, allowed is {self.allowed:.2g}")
+        return error
+
+
+def _operands(shape: Shape, tokens: int, dtype: torch.dtype, device: torch.device,
+              product: str) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A random weight ``[out, in]`` and the product's inputs ``[tokens, ...]``, the same on every machine."""
+    generator = torch.Generator().manual_seed(0)
+    out, inn = shape
+    draw = lambda *size: torch.randn(*size, generator=generator).to(device, dtype)
+    weight, x, dy = draw(out, inn) / inn**0.5, draw(tokens, inn), draw(tokens, out)
+    return weight, {"spmm": (x,), "spmmt": (dy,), "sddmm": (dy, x)}[product]
+
+
+def _dense(product: str, weight: Tensor) -> Plan:
+    if product == "spmm":
+        return lambda x: torch.nn.functional.linear(x, weight)
+    if product == "spmmt":
+        return lambda dy: dy @ weight
+    return lambda dy, x: dy.T @ x
+
+
+def _call(plan: Plan, inputs: tuple[Tensor, ...]) -> Callable[[], Tensor]:
+    return lambda: plan(*inputs)
+
+
+def _check(structure: Structure, shape: Shape, tokens: int, dtype: str, threads: int, product: str,
+           kernels: Iterable[str] | None) -> dict[str, Callable[[Any], Plan]]:
+    """The kernels to run, by name; ValueError names the argument that is wrong."""
+    if not isinstance(structure, Structure):
+        raise ValueError(f"structure must be a Structure such as Block(32, 32, 0.5), got {structure!r}")
+    _check_case(shape, tokens, dtype, threads, product)
+    structure.check_shape(shape)
+    known = structure.kernels(product)
+    chosen = [name for name in known if name != "reference"] if kernels is None else list(kernels)
+    for name in chosen:
+        if name not in known or name == "dense":
+            raise ValueError(f"kernels of {structure} for {product} are {', '.join(known)}, got {name!r}")
+    return {name: known[name] for name in chosen}
+
+
+def _check_case(shape: Shape, tokens: int, dtype: str, threads: int, product: str) -> None:
+    if len(shape) != 2:
+        raise ValueError(f"shape must be (out, in), got {tuple(shape)}")
+    for name, size in (("out", shape[0]), ("in", shape[1]), ("tokens", tokens), ("threads", threads)):
+        check_int(name, size, 1)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if product not in PRODUCTS:
+        raise ValueError(f"product must be one of {', '.join(PRODUCTS)}, got {product!r}")
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """torch's threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,66 @@
+"""Rows as a table for a page: values in units that a person reads, and only those settings that differ."""
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from sparsesurvey.records import Measurement
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCALES = {  # unit: steps of (size, name), the largest that fits is taken
+    "s": ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns")),
+    "B/s": ((1e12, "TB/s"), (1e9, "GB/s"), (1e6, "MB/s"), (1.0, "B/s")),
+    "FLOP/s": ((1e15, "PFLOP/s"), (1e12, "TFLOP/s"), (1e9, "GFLOP/s"), (1e6, "MFLOP/s"), (1.0, "FLOP/s")),
+    "B": ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1.0, "B")),
+    "fraction": ((0.01, "%"),),
+    "x": ((1.0, "x"),),
+    "1": ((1.0, ""),),
+}
+
+
+def amount(value: float, unit: str, low: float | None = None, high: float | None = None) -> str:
+    """A value with its range, in a unit near its size.
+
+    >>> amount(0.00123, "s", 0.0012, 0.00131), amount(0.5, "fraction"), amount(27.4e9, "B/s"), amount(2.5, "nats/token")
+    ('1.23 ms (1.2 to 1.31)', '50 %', '27.4 GB/s', '2.5 nats/token')
+    """
+    steps = SCALES.get(unit, ((1.0, unit),))
+    size, name = next((step for step in steps if abs(value) >= step[0]), steps[-1])
+    text = f"{_digits(value / size)} {name}".rstrip()
+    if low is None or high is None or low == high:
+        return text
+    return f"{text} ({_digits(low / size)} to {_digits(high / size)})"
+
+
+def table(rows: Iterable[Measurement], metric: str | None = None,
+          unavailable: Mapping[tuple[str, str], str] | None = None) -> "pd.DataFrame":
+    """One line a row (of one metric if given), settings that differ between the rows as columns of their own.
+
+    ``unavailable`` adds a line for each ``(structure, method)`` that could not run here, with the reason.
+    Settings that all rows share are in ``.attrs``.
+    """
+    import pandas as pd  # half a second that a kernel test need not wait for
+
+    rows = [row for row in rows if metric is None or row.metric == metric]
+    names = list(dict.fromkeys(name for row in rows for name in row.at))
+    shared = {name: rows[0].at[name] for name in names
+              if len({(name in row.at, row.at.get(name)) for row in rows}) == 1}
+    varying = [name for name in names if name not in shared]
+    lines = [{
+        "structure": row.structure, "method": row.method, "metric": row.metric,
+        **{name: row.at.get(name, "") for name in varying},
+        "value": amount(row.value, row.unit, row.low, row.high), "machine": str(row.machine),
+        "date": row.date.replace("T", " ").removesuffix("Z"), "origin": row.origin, "stale": "stale" if row.stale else "",
+    } for row in rows]
+    columns = ["structure", "method", "metric", *varying, "value", "machine", "date", "origin", "stale"]
+    lines += [{**dict.fromkeys(columns, ""), "structure": structure, "method": method, "value": f"not here: {reason}"}
+              for (structure, method), reason in (unavailable or {}).items()]
+    frame = pd.DataFrame(lines, columns=columns)
+    frame.attrs = shared
+    return frame
+
+
+def _digits(value: float) -> str:
+    """Three significant digits, with no power of ten where a person would write none."""
+    return f"{value:.0f}" if 999.5 <= abs(value) < 1e6 else f"{value:.3g}"
