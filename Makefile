@@ -58,6 +58,16 @@ $(VENDOR)/.complete: package.json package-lock.json Makefile
 		echo "npm failed: the pages will load widgets and formulas from the public CDN, and say so."; \
 	fi
 
+# Choose the pinned versions anew. soupsieve 3 needs Python 3.11.5; Debian 12 has 3.11.2.
+.PHONY: lock
+lock:
+	rm -rf _build/lock && $(PYTHON) -m venv _build/lock
+	_build/lock/bin/python -m pip install --quiet "torch==2.13.0" "soupsieve<3" -e ".[book,test]"
+	grep '^#' constraints.txt > _build/constraints.txt
+	_build/lock/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' | grep -v '^nvidia-\|^cuda-\|^triton' >> _build/constraints.txt
+	mv _build/constraints.txt constraints.txt
+	npm install --package-lock-only --ignore-scripts --no-audit --no-fund
+
 .PHONY: vendor
 vendor:
 	rm -rf $(VENDOR)
