@@ -199,6 +199,16 @@ def sparsify(model: nn.Module, structure: Pattern, recipe: Recipe = Recipe(), mo
     return model
 
 
+def densify(model: nn.Module) -> nn.Module:
+    """Invert ``sparsify``, in place: plain linear layers with the weights that the sparse ones multiply with."""
+    for name, layer in sparse_layers(model).items():
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        plain.weight = nn.Parameter(layer.dense().detach().clone())
+        plain.bias = layer.bias
+        model.set_submodule(name, plain)
+    return model
+
+
 def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
     """The sparse layers of a model by their full name."""
     return {name: part for name, part in model.named_modules() if isinstance(part, SparseLinear)}

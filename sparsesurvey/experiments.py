@@ -1,0 +1,244 @@
+"""Training and pruning experiments as rows: what a chapter asks for, trained if it is not recorded yet.
+
+A run is one structure and one seed. Its checkpoints are kept in a folder named by everything that its numbers depend
+on, the code included, so that an interrupted notebook goes on where it stopped, and a chapter that prunes finds the
+model that another one trained. A lock per run keeps two notebooks from training the same one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from sparsesurvey import checkpoint, pruning
+from sparsesurvey.data import Language, markov, windows
+from sparsesurvey.linear import densify, sparsify
+from sparsesurvey.measure import Machine, Measurement, code_of, live
+from sparsesurvey.measure import record as write_row
+from sparsesurvey.mistral import build
+from sparsesurvey.recipes import Recipe, Score, Static
+from sparsesurvey.scores import magnitude
+from sparsesurvey.structure import Pattern
+from sparsesurvey.train import History, TrainConfig, evaluate, train
+
+CHAPTER = "training"
+LOSS = "validation loss"
+# The structures are not among the code whose change makes a curve stale: what a mask of theirs is, is fixed by
+# ``holds`` and its tests, and a faster kernel does not change the loss of a masked run.
+SOURCE = ",".join(f"sparsesurvey.{module}" for module in ("data", "linear", "mistral", "recipes", "train"))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: what is trained, on what, how. ``structure`` None is the plain dense model, as is one named "dense"."""
+
+    structure: Pattern | None
+    seed: int  # of the weights, the mask and the order of the data
+    language: Language
+    model: str
+    config: TrainConfig
+    recipe: Recipe
+    code: str = field(default_factory=lambda: code_of(SOURCE))
+
+    @property
+    def dense(self) -> bool:
+        return self.structure is None or str(self.structure) == "dense"
+
+    @property
+    def name(self) -> str:
+        return "dense" if self.dense else str(self.structure)
+
+    @property
+    def method(self) -> str:
+        return "dense" if self.dense else str(self.recipe)
+
+    @property
+    def settings(self) -> TrainConfig:
+        return replace(self.config, seed=self.seed)
+
+    @property
+    def evaluations(self) -> list[int]:
+        """The steps after which the loss is validated."""
+        steps, every = self.config.steps, self.config.eval_every
+        return sorted({*range(0, steps, every), steps})
+
+    def at(self, step: int | None = None) -> dict[str, str | int | float]:
+        """The settings that stand in a row. ``settings`` is a hash that covers those without a column of their own."""
+        config = {key: value for key, value in asdict(self.settings).items() if key not in ("device", "checkpoint_every")}
+        shown = {key: config[key] for key in ("seed", "steps", "batch", "seq", "optimizer")}
+        shown["lr"] = config["muon_lr" if self.config.optimizer == "muon" else "lr"]
+        when = {} if step is None else {"step": step, "tokens": step * self.config.batch * self.config.seq}
+        return {"model": self.model, "language": self.language.name, "corpus": self.language.digest[:12], **shown, **when,
+                "settings": _hash(config, 8)}
+
+    @property
+    def folder(self) -> Path:
+        """Where this run's checkpoint is kept."""
+        words = " ".join([self.model, self.language.name, self.name, self.method, f"seed {self.seed}"])
+        slug = re.sub("[^a-z0-9]+", "-", words.lower()).strip("-")
+        return runs_folder() / f"{slug}-{_hash([self.name, self.method, self.code, self.at()], 10)}"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint.safetensors"
+
+    def rows(self, history: History) -> Iterator[Measurement]:
+        """The validation losses of a run as rows, also as bits per byte where tokens stand for bytes."""
+        machine = Machine.current(self.config.device)
+        unit = "nats/byte" if self.language.bytes_per_token == 1 else "nats/token"
+        for step, loss in history.valid:
+            bits = self.language.bits_per_byte(loss)
+            for metric, of, value in ((LOSS, unit, loss), ("bits per byte", "bits/byte", bits)):
+                if value is not None:
+                    yield Measurement.now(metric, of, value, structure=self.name, method=self.method, at=self.at(step),
+                                          source=SOURCE, machine=machine, code=self.code)
+
+    def recorded(self, folder: str | Path | None) -> list[Measurement]:
+        """The validation losses of this run that are in the record, by step."""
+        slug = _slug(self.config.device)
+        settings = [self.at(step) for step in self.evaluations]
+        found = [row for row in live(CHAPTER, folder)
+                 if (row.metric, row.structure, row.method, row.code, row.machine.slug)
+                 == (LOSS, self.name, self.method, self.code, slug) and row.at in settings]
+        return sorted(found, key=lambda row: row.at["step"])
+
+    def done(self, folder: str | Path | None) -> bool:
+        return len(self.recorded(folder)) == len(self.evaluations)
+
+    def start(self) -> nn.Module:
+        """The model before its first step."""
+        model = build(self.model, self.seed)
+        return model if self.dense else sparsify(model, self.structure, self.recipe, seed=self.seed)
+
+
+@lru_cache(maxsize=8)
+def _slug(device: str) -> str:
+    return Machine.current(device).slug
+
+
+def _hash(data: object, digits: int) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:digits]
+
+
+def runs_folder() -> Path:
+    """``$SPARSESURVEY_RUNS``, or ``sparsesurvey/runs`` in the user's cache."""
+    if os.environ.get("SPARSESURVEY_RUNS"):
+        return Path(os.environ["SPARSESURVEY_RUNS"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsesurvey" / "runs"
+
+
+def loss_curves(structures: Iterable[Pattern], seeds: Sequence[int] = (0, 1, 2), language: Language | None = None,
+                model: str = "markov", config: TrainConfig = TrainConfig(), recipe: Recipe = Static(), record: str = "",
+                workers: int | None = None, progress: bool = True) -> list[Measurement]:
+    """Validation loss against steps of every structure and seed: rows, trained now unless they are in the record.
+
+    All structures of a seed start from the same dense weights and see the same batches and validation windows, so
+    their losses compare in pairs. Runs go side by side in processes of one thread each: on a small model that is
+    worth more than threads. In a script, call this under ``if __name__ == "__main__"``.
+
+    Args:
+        language: what is learnt, ``markov()`` by default.
+        record: the folder that rows are looked for in and added to; empty for the live one.
+        workers: processes; by default a core each, at most 8. One, or a GPU, trains in this process.
+
+    Raises:
+        ValueError: no structure or seed, a model that a structure does not divide.
+        Diverged: a run whose loss is no number.
+    """
+    language = markov() if language is None else language
+    jobs = [Job(structure, seed, language, model, config, recipe) for structure in structures for seed in seeds]
+    if not jobs:
+        raise ValueError("structures and seeds must not be empty")
+    todo = [job for job in jobs if not job.done(record)]
+    for job in {job.structure: job for job in todo}.values():
+        job.start()  # a structure that does not divide the model is an error now, not after minutes
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(8, cores, len(todo)) if workers is None else workers
+    if workers <= 1 or config.device != "cpu":
+        for job in tqdm(todo, desc="runs", disable=not progress or not todo):
+            run(job, record)
+    else:
+        _side_by_side(todo, record, workers, progress)
+    return [row for job in jobs for row in job.recorded(record)]
+
+
+def _side_by_side(jobs: list[Job], folder: str, workers: int, progress: bool) -> None:
+    """Train in processes. They are spawned: a forked torch with threads may hang."""
+    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        try:
+            waiting = [pool.submit(run, job, folder) for job in jobs]
+            for done in tqdm(as_completed(waiting), total=len(jobs), desc="runs", unit="run", disable=not progress):
+                done.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def run(job: Job, folder: str | Path | None = None) -> None:
+    """Train one run to its end and record it, unless another process has done so meanwhile."""
+    threads = torch.get_num_threads()
+    if job.config.device == "cpu":
+        torch.set_num_threads(1)  # the same sums in the same order, wherever it is trained
+    try:
+        with _lock(job.folder):
+            history = train(job.start(), job.language, job.settings, job.folder, progress=False)
+            for row in job.rows(history):
+                write_row(row, CHAPTER, folder)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Only one process at a time; the system lets go of it when the process ends, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def trained(structure: Pattern | None = None, seed: int = 0, language: Language | None = None, model: str = "markov",
+            config: TrainConfig = TrainConfig(), recipe: Recipe = Static(), record: str = "") -> nn.Module:
+    """The model at the end of a run of ``loss_curves``, with plain linear layers; trained now if it is not kept.
+
+    Without a structure it is the dense one.
+    """
+    job = Job(structure, seed, markov() if language is None else language, model, config, recipe)
+    if not (job.checkpoint.exists() and job.done(record)):
+        run(job, record)
+    made = job.start()
+    checkpoint.load_model(job.checkpoint, made)
+    return densify(made).eval()
+
+
+def pruned_loss(structure: Pattern, score: Score = magnitude, seed: int = 0, language: Language | None = None,
+                model: str = "markov", config: TrainConfig = TrainConfig(), record: str = "") -> Measurement:
+    """Validation loss of the trained dense model after its MLP is pruned at once to ``structure``: a row.
+
+    It is compared with the last loss of the dense curve of this seed: same model, same validation windows.
+    """
+    language = markov() if language is None else language
+    job = Job(None, seed, language, model, config, Recipe())
+    pruned = trained(None, seed, language, model, config, record=record)
+    density = pruning.prune(pruned, structure, score)
+    loss = evaluate(pruned, *windows(language.valid, config.batch * config.eval_batches, config.seq), config.batch)
+    at = {**job.at(), "density": round(sum(density.values()) / len(density), 6)}
+    row = Measurement.now(LOSS, next(job.rows(History(valid=[(0, loss)]))).unit, loss, structure=structure,
+                          method=f"{score.__name__}, one shot", at=at,
+                          source=f"{SOURCE},sparsesurvey.pruning,{score.__module__},{type(structure).__module__}")
+    write_row(row, CHAPTER, record)
+    return row
