@@ -14,6 +14,7 @@ from sparsesurvey.recipes import Recipe
 from sparsesurvey.structure import PRODUCTS, Pattern, Plan, check_weight
 
 MLP = ("gate_proj", "up_proj", "down_proj")
+SEED = 0x5EED  # not 0: a weight drawn from 0 as well would be correlated with its mask
 
 
 class ThreeProducts(torch.autograd.Function):
@@ -49,7 +50,7 @@ class SparseLinear(nn.Module):
 
     Args:
         weight: ``[out, in]``, the weight to start from; the recipe chooses what is kept of it.
-        generator: where a random mask comes from, on the CPU; seeded with 0 if not given.
+        generator: where a random mask comes from, on the CPU; by default always the same.
 
     Raises:
         ValueError: a weight that the structure does not divide, or a kernel that has not all three products or does
@@ -63,7 +64,7 @@ class SparseLinear(nn.Module):
         self.out_features, self.in_features = structure.check_shape(weight.shape)
         self.structure, self.recipe, self.kernel = structure, recipe, kernel
         _check_kernel(structure, recipe, kernel)
-        generator = torch.Generator().manual_seed(0) if generator is None else generator
+        generator = torch.Generator().manual_seed(SEED) if generator is None else generator
         weight, mask = recipe.start(weight.detach().clone(), structure, generator)
         if kernel == "masked":
             self.weight = nn.Parameter(weight.contiguous())
