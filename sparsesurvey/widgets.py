@@ -1,0 +1,326 @@
+"""What a reader moves. Every number is computed here beforehand, so that a published page needs no kernel.
+
+``PatternExplorer`` takes a list of pattern instances, masks a small weight with each of them, and hands the front end
+(``explorer.js``) bytes and one table: masks, what they keep, what they store, and a roofline bound on their speed-up.
+What the hardware can make of each structure is in ``hardware.FACTS``, by class name; the front end knows no structure.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import anywidget
+import matplotlib.pyplot as plt
+import numpy as np
+import traitlets
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from sparsesurvey import figures
+from sparsesurvey.hardware import FACTS, H200, Fact, Gpu, unknown
+from sparsesurvey.pruning import best_kept, channel_scaled, gaussian, kept
+from sparsesurvey.scores import magnitude
+from sparsesurvey.structure import Cost, Pattern, Shape, check_weight
+
+HERE = Path(__file__).parent
+SHAPE = (64, 64)  # of the weight that is drawn
+MATRIX = (4096, 14336)  # of the matrix whose bytes and bound are given: down_proj of a 7B Mistral
+TOKENS = tuple(2**power for power in range(16))  # 1 to 32768
+BF16 = 2  # bytes
+LARGEST = 128  # rows or columns of the weight drawn: the page carries every mask of it
+LABELS = {"NM": "N:M", "VNM": "V:N:M", "Block": "block", "Dense": "dense", "Unstructured": "unstructured"}
+
+
+def grid(structure: type[Pattern], shape: Shape = SHAPE, **steps: Iterable) -> list[Pattern]:
+    """Instances of a class at every combination of its parameters' ``steps`` that is valid and fits ``shape``.
+
+    To fit is to divide it and to reach its density there within a tenth. Without steps the class's own ``variants()``.
+    ValueError if nothing is left.
+
+    >>> from sparsesurvey.structures import NM
+    >>> [str(pattern) for pattern in grid(NM, n=[1, 2, 4], m=[2, 4])]
+    ['1:2', '1:4', '2:2', '2:4', '4:4']
+    """
+    found = [] if steps else list(structure.variants())
+    for values in product(*steps.values()) if steps else ():
+        try:
+            found.append(structure(**dict(zip(steps, values))))
+        except ValueError:  # the class knows which combinations make sense
+            continue
+    found = [pattern for pattern in dict.fromkeys(found) if _fits(pattern, shape)]
+    if not found:
+        got = steps or "its variants"
+        raise ValueError(f"steps must hold a valid {structure.__name__} that fits {tuple(shape)}, got {got}")
+    return found
+
+
+def grids(
+    classes: Mapping[str, type], steps: Mapping[str, Mapping[str, Iterable]] | None = None, shape: Shape = SHAPE
+) -> list[Pattern]:
+    """``grid`` of every pattern class that has ``steps`` under its name, in their order, then the others' variants.
+
+    Left out are classes that have no mask, and variants that do not fit ``shape``.
+    """
+    steps = steps or {}
+    wrong = set(steps) - set(classes)
+    if wrong:
+        raise ValueError(f"steps must be keyed by one of {', '.join(classes)}, got {', '.join(sorted(wrong))}")
+    chosen = [pattern for name, values in steps.items() for pattern in grid(classes[name], shape, **values)]
+    rest = [kind for name, kind in classes.items() if name not in steps and issubclass(kind, Pattern)]
+    return chosen + [pattern for kind in rest for pattern in kind.variants() if _fits(pattern, shape)]
+
+
+def _divides(structure: Pattern, shape: Shape) -> bool:
+    try:
+        return bool(structure.check_shape(shape))
+    except ValueError:
+        return False
+
+
+def _fits(structure: Pattern, shape: Shape) -> bool:
+    if not _divides(structure, shape):
+        return False
+    reached = structure.nnz(shape) / (shape[0] * shape[1])
+    return abs(reached - structure.density) <= 0.1 * structure.density
+
+
+def bound(
+    structure: Pattern, tokens: int, shape: Shape = MATRIX, gpu: Gpu = H200, arithmetic: float | None = None
+) -> float:
+    """Roofline bound on the speed-up over dense of ``y = x @ W.T`` in bf16, from a datasheet.
+
+    As if all the arithmetic saved were time saved; or, with ``arithmetic``, that share of the dense product's.
+    """
+    out, inn = shape
+    least = structure.cost(shape, tokens, BF16)
+    dense = Cost(2 * tokens * out * inn, out * inn * BF16, least.io_bytes)
+    work = least.flops if arithmetic is None else max(least.flops, arithmetic * dense.flops)
+    rate = gpu.flops, gpu.bytes_per_second
+    return dense.seconds(*rate) / Cost(work, least.weight_bytes, least.io_bytes).seconds(*rate)
+
+
+class PatternExplorer(anywidget.AnyWidget):
+    """Choose a pattern and see its mask, what it keeps, its bytes and its bound on speed.
+
+    ``structures``: the patterns to choose from (see ``grids``); each must divide the weights and ``matrix``.
+    ``weights``: name to a float weight ``[out, in]`` of at most 128 x 128, all of one shape; masks are by magnitude.
+    ``pins``: patterns that are in the comparison table from the start. ``facts``: see ``FACTS``; a class that is not
+    in it is shown without a hardware curve. Python may read and set ``structure``, ``index``, ``kind`` and ``pins``.
+    """
+
+    _esm = HERE / "explorer.js"
+    _css = HERE / "explorer.css"
+    index = traitlets.Int(0).tag(sync=True)  # of the chosen pattern in ``structures``
+    kind = traitlets.Int(0).tag(sync=True)  # of the chosen weight in ``weights``
+    pins = traitlets.List(traitlets.Int()).tag(sync=True)
+    data = traitlets.Dict().tag(sync=True)
+    masks = traitlets.Bytes().tag(sync=True)  # [structures, weights, out * in] bits, lowest first
+    values = traitlets.Bytes().tag(sync=True)  # float32 [weights, out, in]
+
+    def __init__(
+        self, structures: Sequence[Pattern], weights: Mapping[str, Tensor] | None = None, *,
+        pins: Sequence[Pattern] = (), matrix: Shape = MATRIX, gpu: Gpu = H200,
+        facts: Mapping[str, Callable[[Any], Fact]] = FACTS,
+    ) -> None:
+        self.weights = _check_weights(sample_weights() if weights is None else weights)
+        self.structures = _check_structures(structures, next(iter(self.weights.values())).shape, matrix)
+        self.matrix, self.gpu, self.facts = matrix, gpu, facts
+        scores = [magnitude(weight) for weight in self.weights.values()]
+        self._masks = [[pattern.mask(score) for score in scores] for pattern in self.structures]
+        bits = np.array([[mask.flatten().numpy() for mask in masks] for masks in self._masks])
+        super().__init__(
+            data=self._table(), pins=[self._place(pattern) for pattern in pins],
+            masks=np.packbits(bits, axis=-1, bitorder="little").tobytes(),
+            values=b"".join(weight.numpy().astype("<f4").tobytes() for weight in self.weights.values()),
+        )
+
+    @property
+    def structure(self) -> Pattern:
+        """The pattern that is shown."""
+        return self.structures[self.index]
+
+    @structure.setter
+    def structure(self, pattern: Pattern) -> None:
+        self.index = self._place(pattern)
+
+    def _place(self, pattern: Pattern) -> int:
+        if pattern not in self.structures:
+            raise ValueError(f"structure must be one of the explorer's {len(self.structures)}, got {pattern}")
+        return self.structures.index(pattern)
+
+    @traitlets.validate("index")
+    def _index_is_known(self, proposal: dict) -> int:
+        return _within("index", proposal["value"], len(self.structures))
+
+    @traitlets.validate("kind")
+    def _kind_is_known(self, proposal: dict) -> int:
+        return _within("kind", proposal["value"], len(self.weights))
+
+    @traitlets.validate("pins")
+    def _pins_are_known(self, proposal: dict) -> list[int]:
+        return [_within("pins", index, len(self.structures)) for index in proposal["value"]]
+
+    def figure(self, structures: Sequence[Pattern] | None = None, kind: int | None = None) -> Figure:
+        """The same content on paper: masks, what is kept, bytes and bounds of a handful, the pinned ones by default."""
+        chosen = list(structures or [self.structures[index] for index in self.pins] or [self.structure])
+        kind = self.kind if kind is None else _within("kind", kind, len(self.weights))
+        weight = list(self.weights.values())[kind]
+        places = [self._place(pattern) for pattern in chosen]
+        page, axes = plt.subplots(
+            3, len(chosen), figsize=(2.4 * len(chosen) + 0.6, 6.4), squeeze=False, sharey="row",
+            height_ratios=(2, 1, 1.3), layout="constrained",
+        )
+        for (above, middle, below), pattern, place in zip(axes.T, chosen, places):
+            entry = self.data["configs"][place]
+            values, index, _ = entry["bits"]
+            figures.pattern(pattern, self._masks[place][kind], weight, above)
+            parts = f"({values:.3g} values + {index:.3g} index)"
+            above.set_xlabel(f"{values + index:.3g} bits a weight\n{parts}", fontsize=8)
+            _draw_kept(middle, entry["kept"][kind], entry["colour"])
+            _draw_bound(below, *(self._curve(entry[name]) for name in ("ideal", "usable")), entry["colour"])
+        axes[2, 0].set_ylabel("bound on speed-up", fontsize=8)
+        page.suptitle(
+            f"{list(self.weights)[kind]}; bytes and bounds for [{self.matrix[0]} x {self.matrix[1]}] in bf16.\n"
+            f"Bounds, not measurements: {self.gpu.source}.\n"
+            "Dashed: if all arithmetic saved were time saved; solid: on tensor cores.", fontsize=9, x=0.01, ha="left",
+        )
+        return page
+
+    def _curve(self, number: int | None) -> list[float] | None:
+        return None if number is None else self.data["curves"][number]
+
+    def _table(self) -> dict:
+        """Everything but masks and weights, as JSON: see ``describe`` for a pattern's entry."""
+        classes = list(dict.fromkeys(map(type, self.structures)))
+        families = [_family(kind, [pattern for pattern in self.structures if type(pattern) is kind])
+                    for kind in classes]
+        configs, notes, curves = [], [], []
+        for pattern, masks in zip(self.structures, self._masks):
+            fact = self.facts.get(type(pattern).__name__, unknown)(pattern)
+            family = classes.index(type(pattern))
+            at = [values.index(getattr(pattern, name)) for name, values in _steps(pattern, self.structures).items()]
+            words = [fact.verdict, fact.hardware, fact.kept, fact.column, fact.pruned]
+            notes.extend(word for word in words if word not in notes)
+            numbers = self._numbers(pattern, masks, fact)
+            for name in ("ideal", "usable"):  # many patterns share a curve
+                curves.extend([numbers[name]] if numbers[name] and numbers[name] not in curves else [])
+                numbers[name] = curves.index(numbers[name]) if numbers[name] else None
+            places = [notes.index(word) for word in words]
+            configs.append({**numbers, "family": family, "at": at, "words": places})
+        shape = next(iter(self.weights.values())).shape
+        return {"shape": list(shape), "kinds": list(self.weights), "tokens": list(TOKENS), "gpu": self.gpu._asdict(),
+                "matrix": list(self.matrix), "families": families, "configs": configs, "notes": notes, "curves": curves}
+
+    def _numbers(self, pattern: Pattern, masks: Sequence[Tensor], fact: Fact) -> dict:
+        numbers = describe(pattern, list(zip(self.weights.values(), masks)), self.matrix, self.gpu, fact)
+        return {"name": str(pattern), "colour": figures.colour(str(pattern)), "tile": list(pattern.tile), **numbers}
+
+
+def describe(
+    pattern: Pattern, pairs: Sequence[tuple[Tensor, Tensor]], matrix: Shape = MATRIX, gpu: Gpu = H200,
+    fact: Fact | None = None,
+) -> dict:
+    """The numbers of one pattern: for each (weight, mask) what is kept, then bytes and bounds on ``matrix`` in bf16.
+
+    ``kept``: density, magnitude, energy, best magnitude and best energy at that density. ``bits``: value bits, index
+    bits and least position bits (or None) a weight. ``ideal``, ``usable``: bounds at ``TOKENS``, the latter or None.
+    """
+    fact = fact or unknown(pattern)
+    size = matrix[0] * matrix[1]
+    shares = []
+    for weight, mask in pairs:
+        here = kept(weight, mask)
+        best = best_kept(weight, here.density)
+        shares.append([_short(share) for share in (*here, best.magnitude, best.energy)])
+    bits = [8 * BF16 * pattern.nnz(matrix) / size, pattern.index_bits(matrix) / size, fact.positions]
+    curve = [_short(bound(pattern, tokens, matrix, gpu)) for tokens in TOKENS]
+    usable = None if fact.arithmetic is None else [
+        _short(bound(pattern, tokens, matrix, gpu, arithmetic=fact.arithmetic)) for tokens in TOKENS]
+    return {"kept": shares, "bits": [_short(number) for number in bits], "ideal": curve, "usable": usable}
+
+
+def sample_weights(shape: Shape = SHAPE) -> dict[str, Tensor]:
+    """The two weights that the explorer masks unless it is given others."""
+    return {"independent Gaussian": gaussian(shape), "channel-scaled Gaussian, σ 0.5": channel_scaled(shape)}
+
+
+def _check_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if not weights:
+        raise ValueError("weights must name at least one weight [out, in], got none")
+    for name, weight in weights.items():
+        check_weight(weight, f"weights[{name!r}]")
+    shapes = {tuple(weight.shape) for weight in weights.values()}
+    if len(shapes) > 1 or max(max(shape) for shape in shapes) > LARGEST:
+        raise ValueError(f"weights must all have one shape of at most {LARGEST} x {LARGEST}, got {sorted(shapes)}")
+    return {name: weight.detach().cpu().float() for name, weight in weights.items()}
+
+
+def _check_structures(structures: Sequence[Pattern], shape: Shape, matrix: Shape) -> list[Pattern]:
+    found = list(dict.fromkeys(structures))
+    wrong = [repr(pattern) for pattern in found if not isinstance(pattern, Pattern)]
+    if wrong or not found:
+        raise ValueError(f"structures must be a list of patterns, at least one, got {', '.join(wrong) or 'none'}")
+    for pattern in found:
+        for name, size in (("weights", shape), ("matrix", matrix)):
+            if not _divides(pattern, size):
+                tile = f"the tile of {pattern} is {pattern.tile}"
+                raise ValueError(f"structures must divide the {name} {tuple(size)}; {tile}")
+        if not pattern.nnz(shape):
+            raise ValueError(f"structures must keep some of a weight of {tuple(shape)}; {pattern} keeps nothing there")
+    return found
+
+
+def _within(name: str, value: int, count: int) -> int:
+    if not 0 <= value < count:
+        raise ValueError(f"{name} must be from 0 to {count - 1}, got {value}")
+    return value
+
+
+def _steps(pattern: Pattern, structures: Sequence[Pattern]) -> dict[str, list]:
+    """Parameter to the sorted values that it has among the instances of this class."""
+    same = [other for other in structures if type(other) is type(pattern)]
+    return {field.name: sorted({getattr(other, field.name) for other in same}) for field in fields(pattern)}
+
+
+def _family(kind: type[Pattern], members: Sequence[Pattern]) -> dict:
+    steps = {name: [f"{100 * value:g} %" if name == "density" else str(value) for value in values]
+             for name, values in _steps(members[0], members).items()}
+    about = " ".join((inspect.getdoc(kind) or "").split("\n\n")[0].replace("`", "").split())
+    return {"name": LABELS.get(kind.__name__, kind.__name__), "about": about,
+            "fields": [{"name": name, "values": values} for name, values in steps.items()]}
+
+
+def _short(number: float | None) -> float | None:
+    """Four significant digits: what a page can show, at a quarter of the bytes."""
+    return None if number is None else float(f"{number:.4g}")
+
+
+def _draw_kept(ax: plt.Axes, entry: Sequence[float], colour: str) -> None:
+    density, size, energy, best_size, best_energy = entry
+    ax.barh(["density", "magnitude", "energy"], [density, size, energy], color=[colour], alpha=0.85)
+    ax.plot([best_size] * 2, [0.6, 1.4], [best_energy] * 2, [1.6, 2.4], color="black", linewidth=1.5)
+    for row, share in enumerate((density, size, energy)):
+        ax.text(0.02, row, f"{share:.0%}", va="center", fontsize=8, color="white" if share > 0.15 else "black")
+    ax.set(xlim=(0, 1), xticks=[0, 0.5, 1])
+    ax.tick_params(labelsize=8)
+    ax.set_xlabel("kept; line: best unstructured", fontsize=8)
+    if not ax.yaxis_inverted():
+        ax.invert_yaxis()
+
+
+def _draw_bound(ax: plt.Axes, ideal: Sequence[float], usable: Sequence[float] | None, colour: str) -> None:
+    ax.plot(TOKENS, ideal, color=colour, linestyle="--")
+    if usable:
+        ax.plot(TOKENS, usable, color=colour)
+    ax.axhline(1, color="#555555", linewidth=0.8, linestyle=":")
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log", base=2)
+    ax.set(xticks=[1, 32, 1024, 32768], xticklabels=["1", "32", "1024", "32768"])
+    ax.yaxis.set_major_formatter(lambda gain, _: f"{gain:g}x")
+    ax.tick_params(labelsize=8)
+    ax.set_xlabel("tokens", fontsize=8)
