@@ -119,7 +119,9 @@ def row_lines(found: dict[str, list[Any]]) -> list[list[str]]:
 
 
 def machine_lines(machine: Any) -> list[list[str]]:
-    """What the machine is, without what does not apply to it."""
-    shown = {name.replace("_", " "): value for name, value in machine.to_dict().items() if value not in ("", 0)}
+    """What the machine is and which versions ran, without what does not apply to it or is said above."""
+    told = {"commit", "threads", "memory_gib"}
+    shown = {name: value for name, value in machine.to_dict().items() if name not in told and value != ""}
+    shown["memory"] = f"{machine.memory_gib} GiB"
     shown |= {name: version(name) for name in TOOLS}
     return [[name, str(value)] for name, value in shown.items()]
