@@ -21,15 +21,26 @@ tensor([[[9., 0.],
 ([0, 0], [0, 1, 2])
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from math import ceil, prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparsesurvey.structure import (
-    Pattern, Shape, check_density, check_int, check_part, compress_rows, expand_rows, index_dtype, tiles, top, untile,
+    Pattern, Plan, Shape, Unavailable, check_activations, check_density, check_int, check_pair, check_part,
+    compress_rows, expand_rows, index_dtype, tiles, top, untile,
 )
+from sparsesurvey.structures.unstructured import (
+    PackedCSR, check_library, scipy_product, scipy_sparse, torch_csr, torch_product,
+)
+
+WIDE = 32  # blocks of at least this many rows and columns are multiplied where they are, smaller ones gathered
+TOKENS = 512  # multiplied at a time, so that a strip of the activations stays in a core's cache
+GATHERED = 1 << 17  # activations gathered at a time, for the same reason
 
 
 class PackedBSR(NamedTuple):
@@ -111,3 +122,194 @@ class Block(Pattern):
         check_part("values", packed.values, None, (self.blocks(packed.shape), self.rows, self.cols))
         check_part("columns", packed.columns, index_dtype(across), packed.values.shape[:1])
         return expand_rows(packed.columns, packed.row_pointers, down, across)
+
+    # On a CPU the blocks are multiplied one BLAS call each, or one call a block row where they are narrow. Wide blocks
+    # read their strip of x and write their strip of y where these lie: nothing is moved. For narrow ones the features
+    # that a block row needs are gathered from a feature-major copy of x, in which each is contiguous.
+
+    @property
+    def wide(self) -> bool:
+        return min(self.tile) >= WIDE
+
+    def spmm_gather(self, packed: PackedBSR) -> Plan:
+        rows, columns = self.places(packed)
+        if not self.wide:
+            return gather_plan(self.panels(packed), self.grid(packed.shape), packed.values)
+        down, across = self.grid(packed.shape)
+        terms = collect(rows, columns, packed.values.detach().mT, down)
+        return strip_plan("x", terms, (across, self.cols), (down, self.rows), packed.values)
+
+    def spmmt_gather(self, packed: PackedBSR) -> Plan:
+        rows, columns = self.places(packed)
+        if not self.wide:
+            return scatter_plan(self.panels(packed), self.grid(packed.shape), packed.values)
+        down, across = self.grid(packed.shape)
+        terms = collect(columns, rows, packed.values.detach(), across)
+        return strip_plan("dy", terms, (down, self.rows), (across, self.cols), packed.values)
+
+    def sddmm_gather(self, packed: PackedBSR) -> Plan:
+        rows, columns = self.places(packed)
+        if not self.wide:
+            return gather_gradient_plan(self.panels(packed), self.grid(packed.shape), packed.values)
+        return block_gradient_plan(rows.tolist(), columns.tolist(), self.grid(packed.shape), packed.values)
+
+    def panels(self, packed: PackedBSR) -> list["Panel"]:
+        """The block rows, each as one dense matrix beside the block columns that it is made of."""
+        values, columns = packed.values.detach().mT, packed.columns.long()  # [blocks, cols, rows]
+        bounds = pairwise(packed.row_pointers.tolist())
+        return [Panel(columns[a:b], values[a:b].reshape(-1, self.rows)) for a, b in bounds]
+
+    def spmm_torch_bsr(self, packed: PackedBSR) -> Plan:
+        self.places(packed)
+        return torch_product("x", torch_bsr(packed))
+
+    def spmm_torch_csr(self, packed: PackedBSR) -> Plan:
+        kept = self.unpack(packed._replace(values=torch.ones_like(packed.values))) != 0
+        return torch_product("x", torch_csr(PackedCSR(self.unpack(packed)[kept], *compress_rows(kept), packed.shape)))
+
+    def spmm_scipy_bsr(self, packed: PackedBSR) -> Plan:
+        self.places(packed)
+        sparse = scipy_sparse(packed.values)
+        parts = packed.values.detach().numpy(), packed.columns.int().numpy(), packed.row_pointers.numpy()
+        return scipy_product("x", sparse.bsr_array(parts, shape=packed.shape), packed.values)
+
+
+def torch_bsr(packed: PackedBSR) -> Tensor:
+    """The weight as a tensor of torch's BSR layout."""
+    check_library(packed.values)
+    if packed.values.shape[1] != packed.values.shape[2]:
+        raise Unavailable("needs square blocks")
+    index = packed.row_pointers.int(), packed.columns.int()
+    return torch.sparse_bsr_tensor(*index, packed.values.detach(), packed.shape, check_invariants=False)
+
+
+class Panel(NamedTuple):
+    """The stored blocks of one block row side by side."""
+
+    columns: Tensor  # int64 [k], their block columns
+    weight: Tensor  # [k * cols, rows]
+
+
+Terms = list[list[tuple[int, Tensor]]]
+
+
+def collect(targets: Tensor, sources: Tensor, weights: Tensor, count: int) -> Terms:
+    """For each of ``count`` target strips the (source strip, weight ``[source width, target width]``) to add up."""
+    terms: Terms = [[] for _ in range(count)]
+    for target, source, weight in zip(targets.tolist(), sources.tolist(), weights.unbind()):
+        terms[target].append((source, weight))
+    return terms
+
+
+def strips(matrix: Tensor, count: int, width: int) -> Sequence[Tensor]:
+    """``[tokens, count * width]`` as ``count`` views ``[tokens, width]``."""
+    return matrix.unflatten(1, (count, width)).unbind(1)
+
+
+def parts(x: Tensor, y: Tensor, most: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same tokens of both, at most so many at a time."""
+    count = max(1, ceil(len(x) / most))
+    return zip(x.chunk(count), y.chunk(count))
+
+
+def strip_plan(name: str, terms: Terms, source: Shape, target: Shape, like: Tensor) -> Plan:
+    """Plan of ``y[:, t] = sum of x[:, s] @ weight``; ``source`` and ``target`` are (number of strips, their width)."""
+    def run(x: Tensor) -> Tensor:
+        x = check_activations(name, x, prod(source), like).contiguous()
+        y = x.new_empty(len(x), prod(target))
+        for x_part, y_part in parts(x, y, TOKENS):
+            inputs = strips(x_part, *source)
+            for output, summands in zip(strips(y_part, *target), terms):
+                add_up(output, [(inputs[index], weight) for index, weight in summands])
+        return y
+
+    return run
+
+
+def add_up(output: Tensor, summands: list[tuple[Tensor, Tensor]]) -> None:
+    """Write the sum of the matrix products into ``output``, whatever was there."""
+    if not summands:
+        output.zero_()
+    for number, (left, right) in enumerate(summands):
+        if number:
+            output.addmm_(left, right)
+        else:
+            torch.mm(left, right, out=output)
+
+
+def block_gradient_plan(rows: list[int], columns: list[int], grid: Shape, like: Tensor) -> Plan:
+    """Plan of one product ``dy[:, row].T @ x[:, column]`` for each stored block."""
+    (down, across), (blocks, height, width) = grid, like.shape
+
+    def run(dy: Tensor, x: Tensor) -> Tensor:
+        dy, x = check_pair(dy, x, (down * height, across * width), like)
+        gradient = x.new_empty(like.shape)
+        lefts, rights = strips(dy.contiguous(), down, height), strips(x.contiguous(), across, width)
+        for row, column, block in zip(rows, columns, gradient.unbind()):
+            torch.mm(lefts[row].T, rights[column], out=block)
+        return gradient
+
+    return run
+
+
+def feature_major(x: Tensor, count: int) -> Tensor:
+    """``[tokens, features]`` to a contiguous ``[count, features / count, tokens]``."""
+    return x.T.contiguous().unflatten(0, (count, -1))
+
+
+def most_tokens(panels: list[Panel]) -> int:
+    return max(64, GATHERED // max(1, *(len(panel.weight) for panel in panels)))
+
+
+def gather_plan(panels: list[Panel], grid: Shape, like: Tensor) -> Plan:
+    """Plan of ``y[:, row] = gathered x @ weight`` for every panel."""
+    (down, across), (_, height, width) = grid, like.shape
+
+    def run(x: Tensor) -> Tensor:
+        x = check_activations("x", x, across * width, like)
+        y = x.new_empty(len(x), down * height)
+        for x_part, y_part in parts(x, y, most_tokens(panels)):
+            features = feature_major(x_part, across)
+            for panel, output in zip(panels, strips(y_part, down, height)):
+                gathered = features.index_select(0, panel.columns).flatten(0, 1)  # [k * cols, tokens]
+                torch.mm(gathered.T, panel.weight, out=output)
+        return y
+
+    return run
+
+
+def scatter_plan(panels: list[Panel], grid: Shape, like: Tensor) -> Plan:
+    """Plan of ``dx[:, columns] += dy[:, row] @ weight.T`` for every panel, added up feature-major."""
+    (down, across), (_, height, width) = grid, like.shape
+
+    def run(dy: Tensor) -> Tensor:
+        dy = check_activations("dy", dy, down * height, like).contiguous()
+        dx = dy.new_empty(len(dy), across * width)
+        for dy_part, dx_part in parts(dy, dx, most_tokens(panels)):
+            features = dx.new_zeros(across, width, len(dx_part))
+            for panel, strip in zip(panels, strips(dy_part, down, height)):
+                spread = panel.weight @ strip.T  # [k * cols, tokens]
+                features.index_add_(0, panel.columns, spread.unflatten(0, (-1, width)))
+            dx_part.copy_(features.flatten(0, 1).T)
+        return dx
+
+    return run
+
+
+def gather_gradient_plan(panels: list[Panel], grid: Shape, like: Tensor) -> Plan:
+    """Plan of ``gathered x.T @ dy[:, row]`` for every panel, which is the gradient of its weight."""
+    (down, across), (_, height, width) = grid, like.shape
+    counts = [len(panel.weight) for panel in panels]
+
+    def run(dy: Tensor, x: Tensor) -> Tensor:
+        dy, x = check_pair(dy, x, (down * height, across * width), like)
+        gradient = x.new_zeros(len(like) * width, height)  # [blocks * cols, rows]
+        for dy_part, x_part in parts(dy.contiguous(), x, most_tokens(panels)):
+            features = feature_major(x_part, across)
+            strip = strips(dy_part, down, height)
+            for panel, left, output in zip(panels, strip, gradient.split(counts)):
+                gathered = features.index_select(0, panel.columns).flatten(0, 1)  # [k * cols, tokens]
+                output.addmm_(gathered, left)
+        return gradient.view(-1, width, height).mT.contiguous()
+
+    return run

@@ -19,7 +19,11 @@ import torch
 from torch import Tensor
 
 from sparsesurvey.structure import (
-    Pattern, Shape, bits_for, check_int, check_order, check_part, pack_bits, tiles, top, unpack_bits,
+    Pattern, Plan, Shape, bits_for, check_int, check_order, check_part, compress_rows, pack_bits, tiles, top,
+    unpack_bits,
+)
+from sparsesurvey.structures.unstructured import (
+    PackedCSR, scipy_csr, scipy_product, torch_csr, torch_product, torch_sampled,
 )
 
 
@@ -128,3 +132,27 @@ class NM(Pattern):
         weight = packed.values.new_zeros(out, inn)
         weight[self.decode(packed)] = packed.values.flatten()
         return weight
+
+    def general(self, packed: PackedNM) -> PackedCSR:
+        """The same weights as CSR, which has them in the same order."""
+        out, inn = self.check_shape(packed.shape)
+        check_part("values", packed.values, None, (out, inn // self.m, self.n))
+        return PackedCSR(packed.values.flatten(), *compress_rows(self.decode(packed)), packed.shape)
+
+    # No CPU multiplies N:M as such; a library's CSR is faster than dense from about 1:16 down.
+
+    def spmm_torch_csr(self, packed: PackedNM) -> Plan:
+        return torch_product("x", torch_csr(self.general(packed)))
+
+    def spmmt_torch_csr(self, packed: PackedNM) -> Plan:
+        return torch_product("dy", torch_csr(self.general(packed).transposed()))
+
+    def sddmm_torch_csr(self, packed: PackedNM) -> Plan:
+        run = torch_sampled(torch_csr(self.general(packed)))
+        return lambda dy, x: run(dy, x).view(packed.values.shape)
+
+    def spmm_scipy_csr(self, packed: PackedNM) -> Plan:
+        return scipy_product("x", scipy_csr(self.general(packed)), packed.values)
+
+    def spmmt_scipy_csr(self, packed: PackedNM) -> Plan:
+        return scipy_product("dy", scipy_csr(self.general(packed).transposed()), packed.values)

@@ -23,7 +23,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsesurvey.structure import Pattern, Shape, check_int, check_order, check_part, tiles, top, untile
+from sparsesurvey.structure import (
+    Pattern, Plan, Shape, check_int, check_order, check_part, index_dtype, tiles, top, untile,
+)
+from sparsesurvey.structures.block import Block, PackedBSR
 from sparsesurvey.structures.nm import NM, PackedNM
 
 COLUMNS = 4  # of every tile; the sparse tensor cores then want 2 of these 4 in each row
@@ -120,3 +123,39 @@ class VNM(Pattern):
         check_part("columns", packed.columns, torch.uint8, (out // self.v, inn // self.m, COLUMNS))
         check_order("columns", packed.columns, self.m)
         return self.inner.unpack(PackedNM(packed.values, packed.index, (out, COLUMNS * inn // self.m)))
+
+    # Without the zeros of the n:4 code a V:N:M weight is a matrix of kept v x 1 vectors: 4 / m of the dense arithmetic,
+    # which a CPU does as dense products of gathered columns. Only sparse tensor cores save the rest.
+
+    @property
+    def outer(self) -> Block:
+        """The structure of the kept columns, each of v weights."""
+        return Block(self.v, 1, COLUMNS / self.m)
+
+    def vectors(self, packed: PackedVNM) -> PackedBSR:
+        """The kept columns with the zeros in them, as an operand of ``outer``."""
+        out, inn = self.check_shape(packed.shape)
+        panels, groups = out // self.v, inn // self.m
+        values = self.compact(packed).view(panels, self.v, -1).mT.reshape(-1, self.v, 1)
+        first = torch.arange(0, inn, self.m, device=values.device)  # of each tile
+        columns = (packed.columns.long() + first[:, None]).flatten().to(index_dtype(inn))
+        pointers = torch.arange(panels + 1, dtype=torch.int32, device=values.device) * groups * COLUMNS
+        return PackedBSR(values, columns, pointers, packed.shape)
+
+    def spmm_gather(self, packed: PackedVNM) -> Plan:
+        return self.outer.spmm_gather(self.vectors(packed))
+
+    def spmmt_gather(self, packed: PackedVNM) -> Plan:
+        return self.outer.spmmt_gather(self.vectors(packed))
+
+    def sddmm_gather(self, packed: PackedVNM) -> Plan:
+        run = self.outer.sddmm_gather(self.vectors(packed))
+        out, inn = self.check_shape(packed.shape)
+        width = COLUMNS * inn // self.m
+        kept = self.inner.decode(PackedNM(packed.values, packed.index, (out, width)))
+
+        def select(dy: Tensor, x: Tensor) -> Tensor:
+            vectors = run(dy, x).view(out // self.v, width, self.v)
+            return vectors.mT.reshape(out, width)[kept].view(packed.values.shape)
+
+        return select
