@@ -125,8 +125,8 @@ function makeControls(source, get, set) {
   const about = make("p", { class: "se-about" });
   const moved = make("p", { class: "se-moved" });
   const sliders = make("div", { class: "se-sliders", role: "group", "aria-label": "parameters of the structure" });
-  const family = make("select", { class: "se-family" }, ...families.map(({ name }, i) => make("option", { value: i }, name)));
-  const weight = make("select", { class: "se-kind" }, ...kinds.map((name, i) => make("option", { value: i }, name)));
+  const family = make("select", { class: "se-family", "aria-label": "structure" }, ...families.map(({ name }, i) => make("option", { value: i }, name)));
+  const weight = make("select", { class: "se-kind", "aria-label": "weight" }, ...kinds.map((name, i) => make("option", { value: i }, name)));
   const label = (text, control) => make("label", { class: "se-field" }, make("span", {}, text), control);
   let shown = -1;
   let inputs = [];

@@ -150,8 +150,8 @@ def unknown(structure: Any) -> Fact:
     """For a structure that is not in ``FACTS``."""
     return Fact(
         "not known",
-        f"Nothing is on record here of how hardware multiplies {structure}: the curve assumes that all arithmetic saved is "
-        "time saved.",
+        f"Nothing is on record here of how hardware multiplies {structure}: the curve assumes that all arithmetic "
+        "saved is time saved.",
     )
 
 

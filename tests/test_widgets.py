@@ -216,3 +216,200 @@ def test_the_front_end_asks_for_nothing():
     assert re.findall(r"https?://[^\s\"')]+", code) == ["http://www.w3.org/2000/svg"]
     assert not re.search(r"\b(fetch|XMLHttpRequest|WebSocket|eval|import|innerHTML|@import)\b|url\(", code)
     assert "export default { render };" in code
+
+
+PAGE = """<!doctype html><html lang="en" data-theme="light"><meta charset="utf-8"><title>explorer</title>
+<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,"><link rel="stylesheet" href="explorer.css">
+<style>
+html { --pst-color-text-base: #222832; --pst-color-background: #ffffff; --pst-color-surface: #f3f4f5; }
+html[data-theme="dark"] { --pst-color-text-base: #ced6dd; --pst-color-text-muted: #9ca4af; --pst-color-background: #14181e;
+  --pst-color-surface: #222832; --pst-color-border: #48566b; --pst-color-primary: #3fb1c5; }
+body { margin: 8px; background: var(--pst-color-background); }
+</style><div id="here"></div><script type="module">
+import explorer from "./explorer.js";
+const state = await (await fetch("state.json")).json();
+for (const name of ["masks", "values"])
+  state[name] = new DataView(Uint8Array.from(atob(state[name]), (letter) => letter.charCodeAt(0)).buffer);
+const handlers = {};
+window.model = {
+  saved: 0,
+  get: (name) => state[name],
+  set(name, value) { state[name] = value; for (const handler of handlers[`change:${name}`] || []) handler(); },
+  save_changes() { this.saved += 1; },
+  on: (name, handler) => (handlers[name] ||= []).push(handler),
+  off: (name, handler) => { handlers[name] = handlers[name].filter((other) => other !== handler); },
+  listening: () => Object.values(handlers).flat().length,
+};
+window.clean = explorer.render({ model, el: document.getElementById("here") });
+</script></html>"""
+FLAGS = ("--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync "
+         "--no-first-run").split()
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    if not CHROMIUM:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(chromium, explorer):
+    """The ES module in a bare page that is served from here; a page error or any other request fails the test."""
+    files = {"": ("text/html", PAGE), "state.json": ("application/json", json.dumps(state(explorer)))}
+    for name, kind in (("explorer.js", "text/javascript"), ("explorer.css", "text/css")):
+        files[name] = (kind, (HERE / name).read_text())
+    wrong = []
+
+    def serve(route):
+        name = route.request.url.removeprefix("http://explorer.test/")
+        if name in files:
+            return route.fulfill(content_type=files[name][0], body=files[name][1])
+        wrong.append(f"request of {route.request.url}")
+        return route.abort()
+
+    page = chromium.new_page(viewport={"width": 820, "height": 1200})
+    page.set_default_timeout(10_000)
+    page.on("pageerror", lambda error: wrong.append(f"page error {error}"))
+    page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+    page.route("**/*", serve)
+    page.goto("http://explorer.test/")
+    page.wait_for_selector(".se-name:not(:empty)")
+    yield page
+    page.close()
+    assert not wrong
+
+
+def readouts(page) -> dict[str, str]:
+    names = ("name", "density", "magnitude", "energy", "bits", "usable-value", "ideal-value", "hardware")
+    return {name: page.locator(f".se-{name}").first.inner_text() for name in names}
+
+
+def canvas(page) -> str:
+    return page.evaluate("document.querySelector('.se-canvas').toDataURL()")
+
+
+@pytest.mark.browser
+def test_every_control_at_both_ends_changes_what_is_read(page, explorer):
+    for number, family in enumerate(explorer.data["families"]):
+        page.get_by_label("structure", exact=True).select_option(str(number))
+        assert page.locator(".se-sliders output").all_inner_texts() == current(page, explorer)
+        for place, field in enumerate(family["fields"]):
+            slider, seen = page.get_by_label(field["name"], exact=True), []
+            for key, step in (("Home", 0), ("End", len(field["values"]) - 1)):
+                slider.press(key)
+                assert current(page, explorer)[place] == field["values"][step]
+                assert slider.get_attribute("aria-valuetext") == field["values"][step]
+                assert page.locator(".se-sliders output").all_inner_texts() == current(page, explorer)
+                seen.append((readouts(page), canvas(page)))
+            assert seen[0][0] != seen[1][0] and seen[0][1] != seen[1][1], field
+
+
+def current(page, explorer) -> list[str]:
+    """The values of the parameters of the pattern that the model holds, which the readouts must name."""
+    index = page.evaluate("model.get('index')")
+    config = explorer.data["configs"][index]
+    assert page.locator(".se-name").inner_text() == str(explorer.structures[index])
+    fields = explorer.data["families"][config["family"]]["fields"]
+    return [field["values"][step] for field, step in zip(fields, config["at"])]
+
+
+@pytest.mark.browser
+def test_weight_tokens_and_pins_change_what_is_read(page, explorer):
+    page.evaluate(f"model.set('index', {explorer.structures.index(NM(2, 8))})")
+    before = readouts(page)
+    page.get_by_label("weight", exact=True).select_option("1")
+    assert readouts(page)["energy"] != before["energy"] and readouts(page)["bits"] == before["bits"]
+    page.get_by_label("tokens", exact=True).press("Home")
+    assert readouts(page)["usable-value"] == "at most 3.37×"
+    page.get_by_label("tokens", exact=True).press("End")
+    assert readouts(page)["usable-value"] == "at most 2.00×" and readouts(page)["ideal-value"] == "at most 4.00×"
+    assert page.locator(".se-compare tbody tr").count() == 3
+    page.get_by_label("remove 2:8").click()
+    page.get_by_label("show 64:2:8").click()
+    assert page.evaluate("model.get('pins').length") == 2 and readouts(page)["name"] == "64:2:8"
+    page.evaluate(f"model.set('index', {explorer.structures.index(Unstructured(0.25))})")
+    page.get_by_label("pin unstructured 25%").click()
+    assert explorer.structures[page.evaluate("model.get('pins')")[-1]] == Unstructured(0.25)
+    assert page.evaluate("model.saved") == 4
+
+
+@pytest.mark.browser
+def test_the_mask_says_why(page, explorer):
+    page.evaluate(f"model.set('index', {explorer.structures.index(NM(2, 4))})")
+    tip, mask = page.locator(".se-tip"), page.locator(".se-canvas")
+    assert tip.is_hidden()
+    mask.focus()
+    for _ in range(6):  # the first press shows row 0, column 0
+        page.keyboard.press("ArrowRight")
+    weight = explorer.weights["independent Gaussian"]
+    group = weight[0, 4:8].abs()
+    kept = "kept" if NM(2, 4).mask(weight.abs())[0, 5] else "pruned"
+    rank = 1 + int((group > group[1]).sum())
+    value = f"{weight[0, 5]:.3f}".replace("-", "−")
+    assert tip.inner_text().split("\n") == [
+        f"row 0, column 5: {value}, {kept}", f"group 1 of row 0: 2 of 4 kept; this is number {rank} by magnitude"]
+    page.keyboard.press("Escape")
+    assert tip.is_hidden()
+    for structure in (Dense(), Unstructured(0.25), VNM(16, 2, 8), Block(16, 16, 0.25)):
+        page.evaluate(f"model.set('index', {explorer.structures.index(structure)})")
+        for x, y in ((3, 3), (200, 200), (370, 370)):
+            mask.hover(position={"x": x, "y": y})
+            assert not re.search(r"undefined|NaN|[{}]", tip.inner_text()), (str(structure), tip.inner_text())
+
+
+@pytest.mark.browser
+def test_themes_narrow_pages_and_the_end(page, tmp_path):
+    light = canvas(page)
+    page.screenshot(path=tmp_path / "light.png", full_page=True)
+    page.evaluate("document.documentElement.dataset.theme = 'dark'")
+    page.wait_for_function("before => document.querySelector('.se-canvas').toDataURL() !== before", arg=light)
+    page.screenshot(path=tmp_path / "dark.png", full_page=True)
+    page.set_viewport_size({"width": 390, "height": 800})
+    page.wait_for_timeout(100)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.screenshot(path=tmp_path / "narrow.png", full_page=True)
+    page.evaluate("clean()")
+    assert page.evaluate("[document.getElementById('here').childElementCount, model.listening()]") == [0, 0]
+
+
+@pytest.mark.browser
+def test_every_control_has_a_name_and_text_stands_out(page):
+    for theme in ("light", "dark"):
+        page.evaluate(f"document.documentElement.dataset.theme = '{theme}'")
+        assert page.evaluate(UNNAMED) == []
+        low = [entry for entry in page.evaluate(COLOURS) if contrast(*entry[:2]) < 4.5]
+        assert not low, (theme, low)
+
+
+UNNAMED = """() => [...document.querySelectorAll('.sparse-explorer :is(input, select, button, canvas, [tabindex])')]
+  .filter((node) => !node.getAttribute('aria-label') && !(node.labels && node.labels.length)).map((node) => node.outerHTML)"""
+COLOURS = """() => {
+  const pen = document.createElement('canvas').getContext('2d', { willReadFrequently: true });
+  const rgb = (colour) => {
+    pen.clearRect(0, 0, 1, 1); pen.fillStyle = colour; pen.fillRect(0, 0, 1, 1);
+    return [...pen.getImageData(0, 0, 1, 1).data];
+  };
+  const ground = (node) => {
+    const own = rgb(getComputedStyle(node).backgroundColor);
+    return own[3] === 255 ? own : ground(node.parentElement);
+  };
+  return [...document.querySelectorAll('.sparse-explorer :is(p, h4, span, small, output, dt, dd, th, td, button, select)')]
+    .filter((node) => node.textContent.trim() && node.offsetWidth > 1)
+    .map((node) => [rgb(getComputedStyle(node).color), ground(node), node.className || node.tagName, node.textContent]);
+}"""
+
+
+def contrast(text: list[int], ground: list[int]) -> float:
+    """The ratio of WCAG 2 between two sRGB colours."""
+    def light(colour: list[int]) -> float:
+        parts = [part / 255 for part in colour[:3]]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    high, low = sorted((light(text), light(ground)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
