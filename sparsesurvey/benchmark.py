@@ -87,7 +87,7 @@ def products(structure: Structure, shape: Shape, tokens: int, chapter: str, *, d
 
 def noise(shape: Shape, tokens: int, *, dtype: str = "float32", device: str = "cpu", threads: int = 1,
           rounds: int = 25, min_seconds: float = 0.02) -> dict[str, Timing]:
-    """Dense against itself: how far raw times stray (``spread``), and their paired ratio from 1 (``speedup_spread``)."""
+    """Dense against itself: how far raw times stray (``spread``) and their paired ratio from 1 (``speedup_spread``)."""
     _check_case(shape, tokens, dtype, threads, "spmm")
     where = measure.check_device(device)
     with _threads(threads):
@@ -112,7 +112,8 @@ def calibrate(device: str = "cpu", threads: int = 1, record: str = "", rounds: i
             books[name] = metric, _Book("dense", "sparsesurvey.probes", at, machine, "measuring", record)
         if not all(book.rows(["torch"], metric) for metric, book in books.values()):
             made = {name: make() for name, (_, _, make) in _probes(where).items()}
-            times = measure.compare({name: run for name, (run, _) in made.items()}, MATMUL, rounds, min_seconds, device)
+            runs = {name: run for name, (run, _) in made.items()}
+            times = measure.compare(runs, MATMUL, rounds, min_seconds, device)
             for name, (metric, book) in books.items():
                 time, work = times[name], made[name][1]
                 if metric == LAUNCH:
@@ -211,7 +212,7 @@ class _Case:
         scale = float(self.right.abs().max()) or 1.0
         error = float((result.double() - self.right).abs().max()) / scale
         if not error <= self.allowed:
-            raise WrongProduct(f"kernel {name} is off by {error:.2g} of the largest result, allowed is {self.allowed:.2g}")
+            raise WrongProduct(f"kernel {name} is off by {error:.2g} of the largest result, allowed {self.allowed:.2g}")
         return error
 
 

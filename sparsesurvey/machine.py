@@ -107,7 +107,7 @@ def check_device(device: str | torch.device) -> torch.device:
     if where.type == "cuda" and count == 0:
         raise ValueError(f"device is {device!r}, but torch {torch.__version__} sees no GPU here; allowed: cpu")
     if where.index is not None and where.type == "cuda" and where.index >= count:
-        raise ValueError(f"device is {device!r}, but this machine has {count} GPU(s); allowed: cuda:0 to cuda:{count - 1}")
+        raise ValueError(f"device is {device!r}, but this machine has {count} GPU(s), counted from cuda:0")
     return where
 
 

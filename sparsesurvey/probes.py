@@ -13,7 +13,7 @@ Run = Callable[[], object]
 
 def copy_run(size: int, device: torch.device) -> tuple[Run, int]:
     """Copy one buffer of ``size`` bytes to another, and the bytes moved: each is read once and written once."""
-    source = torch.ones(size // 4, dtype=torch.float32, device=device)  # written, so that memory really stands behind it
+    source = torch.ones(size // 4, dtype=torch.float32, device=device)  # written: memory really stands behind it
     target = torch.zeros_like(source).add_(1)
     return lambda: target.copy_(source), 2 * source.numel() * 4
 

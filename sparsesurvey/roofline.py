@@ -1,7 +1,8 @@
 """Rooflines (Williams et al. 2009): what no product can beat on a machine, from measured rows or from a datasheet.
 
 >>> from sparsesurvey.structure import Cost
->>> dense, sparse = Cost(flops=989 * 10**9, weight_bytes=0, io_bytes=1), Cost(flops=989 * 10**8, weight_bytes=0, io_bytes=1)
+>>> dense = Cost(flops=989 * 10**9, weight_bytes=0, io_bytes=1)
+>>> sparse = Cost(flops=989 * 10**8, weight_bytes=0, io_bytes=1)
 >>> H200.bound(dense), round(H200.speedup(sparse, dense), 3)  # seconds, and how many times faster
 (0.001, 10.0)
 """
@@ -60,7 +61,8 @@ class Roofline:
         if missing or len(machines) > 1:
             what = f"no row of {', '.join(sorted(missing))}" if missing else f"rows of {', '.join(sorted(machines))}"
             raise ValueError(f"rows must be those of calibrate() on one machine, got {what}")
-        best = {row.metric: row for row in sorted(rows, key=lambda row: -row.high if row.metric == LAUNCH else row.high)}
+        rows.sort(key=lambda row: -row.low if row.metric == LAUNCH else row.high)  # the best of a metric comes last
+        best = {row.metric: row for row in rows}
         fast = best[MATMUL]
         source = f"measured {fast.date[:10]}, {fast.at.get('dtype')}, {fast.at.get('threads')} thread(s)"
         return cls(str(fast.machine), fast.high, best[COPY].high, source, best[LAUNCH].low)

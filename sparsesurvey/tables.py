@@ -51,7 +51,8 @@ def table(rows: Iterable[Measurement], metric: str | None = None,
         "structure": row.structure, "method": row.method, "metric": row.metric,
         **{name: row.at.get(name, "") for name in varying},
         "value": amount(row.value, row.unit, row.low, row.high), "machine": str(row.machine),
-        "date": row.date.replace("T", " ").removesuffix("Z"), "origin": row.origin, "stale": "stale" if row.stale else "",
+        "date": row.date.replace("T", " ").removesuffix("Z"), "origin": row.origin,
+        "stale": "stale" if row.stale else "",
     } for row in rows]
     columns = ["structure", "method", "metric", *varying, "value", "machine", "date", "origin", "stale"]
     lines += [{**dict.fromkeys(columns, ""), "structure": structure, "method": method, "value": f"not here: {reason}"}
@@ -64,3 +65,33 @@ def table(rows: Iterable[Measurement], metric: str | None = None,
 def _digits(value: float) -> str:
     """Three significant digits, with no power of ten where a person would write none."""
     return f"{value:.0f}" if 999.5 <= abs(value) < 1e6 else f"{value:.3g}"
+
+
+def gaps(rows: Iterable[Measurement]) -> "pd.DataFrame":
+    """How far each structure ends above dense, seed by seed: one line a structure, from rows of ``loss_curves``.
+
+    Runs of one seed share their start and their batches, so the gap is taken within a seed: its mean, lowest and
+    highest over the seeds. "resolved" says whether every seed's gap has the same sign and exceeds the range of dense
+    over its seeds; with one seed nothing is resolved.
+    """
+    import pandas as pd
+
+    ends: dict[str, dict[int, Measurement]] = {}
+    for row in rows:
+        held = ends.setdefault(row.structure, {}).get(row.at["seed"])
+        if held is None or row.at["step"] > held.at["step"]:
+            ends[row.structure][row.at["seed"]] = row
+    if "dense" not in ends:
+        raise ValueError(f"rows must hold a dense run to compare with, got {', '.join(ends) or 'none'}")
+    dense = {seed: row.value for seed, row in ends["dense"].items()}
+    noise = max(dense.values()) - min(dense.values())
+    lines = []
+    for name, runs in ends.items():
+        mine = [row.value - dense[seed] for seed, row in runs.items() if seed in dense]
+        losses = [row.value for row in runs.values()]
+        resolved = name != "dense" and len(mine) > 1 and (min(mine) > noise or max(mine) < -noise)
+        lines.append({"structure": name, "seeds": len(losses), "loss": sum(losses) / len(losses), "gap": sum(mine) / len(mine),
+                      "lowest": min(mine), "highest": max(mine), "resolved": "yes" if resolved else "" if name == "dense" else "no"})
+    frame = pd.DataFrame(lines).round(4)
+    frame.attrs = {"range of dense": noise}
+    return frame
