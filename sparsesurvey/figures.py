@@ -12,6 +12,7 @@ from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from sparsesurvey.measure import Timing
 from sparsesurvey.records import Measurement
 from sparsesurvey.structure import Shape, Structure
 
@@ -273,3 +274,18 @@ def final_losses(rows: Iterable[Measurement], ax: Axes | None = None) -> Axes:
            title=f"after {last} steps: a dot a seed, a bar at the mean, grey the range of dense; {'; '.join(by_machine(rows))}")
     ax.title.set_fontsize(8)
     return ax
+
+
+def noise(timings: Mapping[str, Timing]) -> Figure:
+    """Two timings of the same product, round by round: raw times left, the ratio within each round right."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7.4, 2.9))
+    for (name, timing), tint in zip(timings.items(), (COLOURS["dense"], COLOURS["unstructured"])):
+        left.plot(range(1, len(timing.samples) + 1), [1e3 * sample for sample in timing.samples], ".-", color=tint, label=name)
+    again = list(timings.values())[-1]
+    right.plot(range(1, len(again.ratios) + 1), again.ratios, ".-", color=COLOURS["block"])
+    right.axhspan(again.speedup_low, again.speedup_high, color=COLOURS["block"], alpha=0.15, linewidth=0)
+    right.axhline(1, color=COLOURS["dense"], linewidth=1, linestyle=":")
+    left.set(xlabel="round", ylabel="milliseconds a call", ylim=(0, None), title="raw times")
+    right.set(xlabel="round", ylabel="ratio", title="ratio within the round; band: 20th to 80th percentile")
+    left.legend(fontsize=8)
+    return figure

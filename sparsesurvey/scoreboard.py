@@ -1,0 +1,74 @@
+"""One line a structure: what the definition fixes, what a bound permits, and what rows have measured."""
+
+from collections.abc import Iterable, Sequence
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+
+from sparsesurvey import figures
+from sparsesurvey.pruning import channel_scaled, gaussian, retention
+from sparsesurvey.records import Measurement
+from sparsesurvey.roofline import Roofline
+from sparsesurvey.structure import Pattern, Shape
+
+LIBRARIES = ("torch", "scipy", "cusparselt", "cusparse", "cutlass")  # a kernel that only calls one bears its name
+
+
+def definition(structures: Iterable[Pattern], shape: Shape = (4096, 14336), itemsize: int = 2) -> pd.DataFrame:
+    """What needs no measurement: density, bits a weight, share of the best energy on two kinds of weights.
+
+    ``shape`` is that of the stored matrix ``[out, in]``; the energies are of 512 x 512 matrices.
+    """
+    structures = list(structures)
+    frame = pd.DataFrame([{
+        "structure": str(item), "density": item.density,
+        "bits a weight": 8 * item.cost(shape, 1, itemsize).weight_bytes / (shape[0] * shape[1]),
+    } for item in structures]).set_index("structure")
+    for label, weight in (("Gaussian", gaussian((512, 512))), ("channel-scaled", channel_scaled((512, 512)))):
+        frame[f"kept, {label}"] = retention(weight, structures).set_index("structure")["share of best"]
+    return frame
+
+
+def permitted(structures: Iterable[Pattern], roofline: Roofline, tokens: Sequence[int] = (1, 8192), shape: Shape = (4096, 14336),
+              itemsize: int = 2) -> pd.DataFrame:
+    """Bound on the speed-up over dense for few and for many tokens, with the arithmetic that tensor cores must still do."""
+    lines = [{"structure": str(item), **{f"bound, {count} token{'s' * (count > 1)}": figures.bound(item, shape, count, roofline, itemsize)
+                                         for count in tokens}} for item in structures]
+    return pd.DataFrame(lines).set_index("structure")
+
+
+def fastest(rows: Iterable[Measurement], product: str = "spmm") -> pd.DataFrame:
+    """The fastest kernel of ours and the fastest of a library, as times dense, for each structure, case and machine."""
+    best: dict[tuple, dict[bool, Measurement]] = {}
+    for row in rows:
+        if row.metric == "speedup" and row.at.get("product") == product and row.structure != "dense":
+            case = (row.structure, row.at["tokens"], f"{row.at['out']} x {row.at['in']}", str(row.machine), row.origin)
+            library = row.method.split("_")[0] in LIBRARIES
+            held = best.setdefault(case, {}).get(library)
+            if held is None or row.value > held.value:
+                best[case][library] = row
+    lines = []
+    for case, found in best.items():
+        line = dict(zip(("structure", "tokens", "weight", "machine", "rows"), case))
+        for library, label in ((False, "ours"), (True, "library")):
+            row = found.get(library)
+            line[label] = "" if row is None else f"{row.value:.2f} ({row.low:.2f} to {row.high:.2f}) {row.method}{' stale' * row.stale}"
+        lines.append(line)
+    return pd.DataFrame(lines, columns=["structure", "tokens", "weight", "ours", "library", "machine", "rows"])
+
+
+def trade_off(gaps: pd.DataFrame, structures: Iterable[Pattern]) -> Figure:
+    """Loss gap to dense against density: ``gaps`` of ``tables.gaps``, a whisker from the lowest to the highest seed."""
+    density = {str(item): item.density for item in structures}
+    figure, ax = plt.subplots(figsize=(7.2, 3.6))
+    for line in gaps.itertuples():
+        if line.structure in density:
+            tint = figures.colour(line.structure)
+            ax.errorbar(density[line.structure], line.gap, yerr=[[line.gap - line.lowest], [line.highest - line.gap]],
+                        fmt="o", color=tint, capsize=3)
+            ax.annotate(line.structure, (density[line.structure], line.gap), xytext=(7, 0), textcoords="offset points",
+                        va="center", fontsize=8, color=tint)
+    ax.axhline(0, color=figures.COLOURS["dense"], linewidth=1, linestyle=":")
+    ax.set(xlabel="density of the MLP", ylabel="loss above dense, same seed", xlim=(0, 1.1))
+    return figure
