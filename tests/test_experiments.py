@@ -1,0 +1,154 @@
+"""A chapter asks for curves: what is missing is trained once, what is there is read, and the rest can be pruned."""
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from sparsesurvey import experiments
+from sparsesurvey.data import Language, markov
+from sparsesurvey.experiments import Job, loss_curves, pruned_loss, trained
+from sparsesurvey.linear import sparse_layers
+from sparsesurvey.measure import live
+from sparsesurvey.pruning import prune
+from sparsesurvey.recipes import Static
+from sparsesurvey.scores import magnitude
+from sparsesurvey.structures import NM, Block, Dense
+from sparsesurvey.train import Diverged, TrainConfig
+
+CONFIG = TrainConfig(steps=6, batch=4, seq=16, warmup=2, eval_every=3, eval_batches=2, checkpoint_every=3)
+
+
+@pytest.fixture(scope="module")
+def language():
+    return markov(length=1 << 14, valid=1 << 12)
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSESURVEY_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("SPARSESURVEY_ROWS", str(tmp_path / "rows"))
+    return tmp_path
+
+
+def curves(structures, language, seeds=(0,), **options):
+    return loss_curves(structures, seeds, language, config=CONFIG, workers=options.pop("workers", 1), progress=False, **options)
+
+
+def test_rows_of_a_curve(language):
+    rows = curves([Dense(), NM(2, 4)], language, seeds=(0, 1))
+    assert [(row.structure, row.method, row.at["seed"], row.at["step"]) for row in rows] == [
+        (name, method, seed, step) for name, method in (("dense", "dense"), ("2:4", "static")) for seed in (0, 1)
+        for step in (0, 3, 6)]
+    assert {(row.metric, row.unit, row.machine.threads) for row in rows} == {("validation loss", "nats/token", 1)}
+    assert not any(row.stale for row in rows)
+    assert rows[1].at["tokens"] == 3 * 4 * 16 and rows[0].at["corpus"] == language.digest[:12]
+    assert live("training") == rows or {row.key for row in live("training")} == {row.key for row in rows}
+
+
+def test_what_is_recorded_is_not_trained_again(language, folders, monkeypatch):
+    rows = curves([NM(2, 4)], language)
+    monkeypatch.setattr(experiments, "train", lambda *_, **__: pytest.fail("trained again"))
+    assert curves([NM(2, 4)], language) == rows
+    with pytest.raises(pytest.fail.Exception):
+        curves([NM(2, 4)], language, seeds=(1,))
+    with pytest.raises(pytest.fail.Exception):
+        curves([NM(2, 4)], language, record=str(folders / "elsewhere"))
+
+
+def test_record_elsewhere_takes_the_run_that_is_kept(language, folders, monkeypatch):
+    rows = curves([NM(2, 4)], language)
+    monkeypatch.setattr("sparsesurvey.train.batch", lambda *_: pytest.fail("trained again"))
+    again = curves([NM(2, 4)], language, record=str(folders / "elsewhere"))
+    assert [row.value for row in again] == [row.value for row in rows]
+    assert list((folders / "elsewhere").glob("*/training.jsonl"))
+
+
+def test_changed_code_or_settings_is_another_run(language):
+    job = Job(NM(2, 4), 0, language, "markov", CONFIG, Static())
+    others = [Job(NM(2, 4), 0, language, "markov", CONFIG, Static(), code="0" * 12),
+              Job(NM(2, 4), 0, language, "markov", TrainConfig(), Static()), Job(NM(2, 4), 1, language, "markov", CONFIG, Static()),
+              Job(NM(2, 4), 0, language, "bytes", CONFIG, Static()), Job(NM(2, 4), 0, language, "markov", CONFIG, Static(scale_lr=True)),
+              Job(Block(8, 8), 0, language, "markov", CONFIG, Static()), Job(None, 0, language, "markov", CONFIG, Static())]
+    assert len({each.folder for each in [job, *others]}) == len(others) + 1
+
+
+def test_bits_per_byte_of_a_byte_language(language):
+    text = Language("text bytes", language.train, language.valid, 256, "1" * 64, bytes_per_token=1.0)
+    rows = curves([NM(2, 4)], text, model="bytes")
+    assert {row.unit for row in rows} == {"nats/byte"}
+    bits = [row for row in live("training") if row.metric == "bits per byte"]
+    assert [row.value for row in bits] == pytest.approx([row.value / 0.6931471805599453 for row in rows])
+
+
+def test_processes_give_the_same_numbers(language, folders):
+    """Trained side by side in spawned processes, from a script as from a notebook."""
+    script = ("from sparsesurvey.experiments import loss_curves\n"
+              "from sparsesurvey.structures import NM, Dense\n"
+              "from test_experiments import CONFIG\n"
+              "from sparsesurvey.data import markov\n"
+              "if __name__ == '__main__':\n"
+              "    loss_curves([Dense(), NM(2, 4)], (0,), markov(length=1 << 14, valid=1 << 12), config=CONFIG, workers=2)\n")
+    path = folders / "script.py"
+    path.write_text(script)
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.path.dirname(__file__)})
+    assert done.returncode == 0, done.stderr
+    assert "runs: 100%" in done.stderr
+    spawned = live("training")
+    assert len(spawned) == 6
+    shutil.rmtree(folders / "runs")
+    own = curves([Dense(), NM(2, 4)], language, record=str(folders / "own"))
+    assert len(own) == 6
+    assert sorted(row.value for row in own) == sorted(row.value for row in spawned)
+
+
+def test_a_run_waits_for_the_one_that_trains_it(language):
+    job = Job(NM(2, 4), 0, language, "markov", CONFIG, Static())
+    job.folder.mkdir(parents=True)
+    with (job.folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        thread = threading.Thread(target=experiments.run, args=(job,))
+        thread.start()
+        time.sleep(0.5)
+        assert not job.checkpoint.exists()
+    thread.join(30)
+    assert job.done(None)
+
+
+def test_error_in_a_process_reaches_the_caller(language):
+    bad = TrainConfig(steps=6, batch=4, seq=16, warmup=2, eval_every=3, device="cuda:77")
+    with pytest.raises(ValueError, match="device"):
+        loss_curves([NM(2, 4)], (0,), language, config=bad, progress=False)
+    assert issubclass(Diverged, RuntimeError)
+
+
+def test_trained_model_and_its_pruned_loss(language):
+    [*_, last] = curves([Dense()], language)
+    model = trained(language=language, config=CONFIG)
+    assert not model.training and not sparse_layers(model)
+    assert pruned_loss(Dense(), language=language, config=CONFIG).value == last.value
+    row = pruned_loss(NM(2, 4), language=language, config=CONFIG)
+    assert (row.structure, row.method, row.at["density"]) == ("2:4", "magnitude, one shot", 0.5)
+    assert row.value != last.value and not row.stale
+    assert row.key in {other.key for other in live("training")}
+    assert set(prune(model, NM(2, 4), magnitude).values()) == {0.5}
+
+
+def test_trained_sparse_model_is_plain(language):
+    model = trained(Block(8, 8, 0.5), language=language, config=CONFIG)
+    assert not sparse_layers(model)
+    gate = model.model.layers[0].mlp.gate_proj.weight
+    assert isinstance(model.model.layers[0].mlp.gate_proj, torch.nn.Linear) and Block(8, 8, 0.5).holds(gate != 0)
+
+
+@pytest.mark.parametrize("structures, message", [([], "must not be empty"), ([NM(2, 5)], "cannot be made sparse: 2:5")])
+def test_bad_input(language, structures, message):
+    with pytest.raises(ValueError, match=message):
+        curves(structures, language)
