@@ -127,14 +127,16 @@ def storage(structures: Sequence[Structure], shape: Shape, itemsize: int = 2, ax
     return ax
 
 
-def shares(table: pd.DataFrame, unit: str, ax: Axes | None = None) -> Axes:
-    """Stacked bars: one bar a column of ``table``, one segment a row, each as a share of its column."""
+def shares(table: pd.DataFrame, unit: str, highlight: Sequence[str] = (), ax: Axes | None = None) -> Axes:
+    """Stacked bars: one bar a column of ``table``, one segment a row as a share of its column; ``highlight`` in colour."""
     ax = ax or plt.figure(figsize=(7.2, 2.6)).add_subplot()
     left = np.zeros(table.shape[1])
-    tints = plt.get_cmap("viridis")(np.linspace(0.1, 0.92, len(table)))
-    for tint, (part, amounts) in zip(tints, (table / table.sum()).iterrows()):
-        bars = ax.barh(table.columns, amounts, left=left, color=tint, label=part)
-        ink = "white" if np.dot(tint[:3], (0.3, 0.6, 0.1)) < 0.55 else "black"
+    tints = iter((COLOURS["unstructured"], "#3E93C4", "#7DB9DD", *OTHERS))
+    greys = iter(np.resize(["#777777", "#999999", "#bbbbbb", "#d5d5d5"], len(table)))
+    for part, amounts in (table / table.sum()).iterrows():
+        tint = next(tints) if part in highlight else next(greys)
+        bars = ax.barh(table.columns, amounts, left=left, color=tint, label=part, edgecolor="white", linewidth=0.5)
+        ink = "white" if np.dot(to_rgb(tint), (0.3, 0.6, 0.1)) < 0.62 else "black"
         ax.bar_label(bars, [f"{amount:.0%}" if amount > 0.035 else "" for amount in amounts], label_type="center", color=ink, fontsize=9)
         left += amounts.to_numpy()
     ax.set(xlim=(0, 1), xlabel=f"share of {unit}")
@@ -278,7 +280,7 @@ def final_losses(rows: Iterable[Measurement], ax: Axes | None = None) -> Axes:
 
 def noise(timings: Mapping[str, Timing]) -> Figure:
     """Two timings of the same product, round by round: raw times left, the ratio within each round right."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(7.4, 2.9))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.2, 2.9))
     for (name, timing), tint in zip(timings.items(), (COLOURS["dense"], COLOURS["unstructured"])):
         left.plot(range(1, len(timing.samples) + 1), [1e3 * sample for sample in timing.samples], ".-", color=tint, label=name)
     again = list(timings.values())[-1]
@@ -286,6 +288,6 @@ def noise(timings: Mapping[str, Timing]) -> Figure:
     right.axhspan(again.speedup_low, again.speedup_high, color=COLOURS["block"], alpha=0.15, linewidth=0)
     right.axhline(1, color=COLOURS["dense"], linewidth=1, linestyle=":")
     left.set(xlabel="round", ylabel="milliseconds a call", ylim=(0, None), title="raw times")
-    right.set(xlabel="round", ylabel="ratio", title="ratio within the round; band: 20th to 80th percentile")
+    right.set(xlabel="round", ylabel="ratio", title="ratio within the round (band: 20th to 80th percentile)")
     left.legend(fontsize=8)
     return figure

@@ -43,19 +43,17 @@ def table(rows: Iterable[Measurement], metric: str | None = None,
     import pandas as pd  # half a second that a kernel test need not wait for
 
     rows = [row for row in rows if metric is None or row.metric == metric]
-    names = list(dict.fromkeys(name for row in rows for name in row.at))
-    shared = {name: rows[0].at[name] for name in names
-              if len({(name in row.at, row.at.get(name)) for row in rows}) == 1}
-    varying = [name for name in names if name not in shared]
+    keys = list(dict.fromkeys(key for row in rows for key in row.at))
+    shared = {key: rows[0].at[key] for key in keys if len({(key in row.at, row.at.get(key)) for row in rows}) == 1}
+    varying = [key for key in keys if key not in shared]
+    name = metric or "value"
     lines = [{
         "structure": row.structure, "method": row.method, "metric": row.metric,
-        **{name: row.at.get(name, "") for name in varying},
-        "value": amount(row.value, row.unit, row.low, row.high), "machine": str(row.machine),
-        "date": row.date.replace("T", " ").removesuffix("Z"), "origin": row.origin,
-        "stale": "stale" if row.stale else "",
+        **{key: row.at.get(key, "") for key in varying}, name: amount(row.value, row.unit, row.low, row.high),
+        "measured": measured(row),
     } for row in rows]
-    columns = ["structure", "method", "metric", *varying, "value", "machine", "date", "origin", "stale"]
-    lines += [{**dict.fromkeys(columns, ""), "structure": structure, "method": method, "value": f"not here: {reason}"}
+    columns = ["structure", "method", *(() if metric else ("metric",)), *varying, name, "measured"]
+    lines += [{**dict.fromkeys(columns, ""), "structure": structure, "method": method, name: f"not here: {reason}"}
               for (structure, method), reason in (unavailable or {}).items()]
     frame = pd.DataFrame(lines, columns=columns)
     frame.attrs = shared
@@ -65,6 +63,11 @@ def table(rows: Iterable[Measurement], metric: str | None = None,
 def _digits(value: float) -> str:
     """Three significant digits, with no power of ten where a person would write none."""
     return f"{value:.0f}" if 999.5 <= abs(value) < 1e6 else f"{value:.3g}"
+
+
+def measured(row: Measurement) -> str:
+    """Where and when a row was measured, and whether its code has changed since."""
+    return f"{row.machine}, {row.origin} {row.date.replace('T', ' ')[:16]}{', stale' if row.stale else ''}"
 
 
 def gaps(rows: Iterable[Measurement]) -> "pd.DataFrame":
