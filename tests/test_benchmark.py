@@ -123,7 +123,7 @@ def test_unavailable_kernels_give_their_reason(tmp_path):
     assert {row.method for row in found.rows} == {"dense", "right"}
     shown = found.table("speedup")
     assert list(shown["method"]) == ["right", "missing", "late"]
-    assert shown["value"].iloc[1] == "not here: needs CUDA, compute capability >= 8.0"
+    assert shown["speedup"].iloc[1] == "not here: needs CUDA, compute capability >= 8.0"
     none = products(Sample(), (16, 32), 3, "block", record=str(tmp_path), kernels=["missing"], **QUICK)
     assert none.rows == [] and list(none.unavailable) == ["missing"]
 
