@@ -396,9 +396,9 @@ function makeBound(source, get, token) {
       `${times(all[0])} at 1 token and ${times(all[all.length - 1])} at ${tokens[tokens.length - 1]} if all arithmetic saved were time saved` +
       (some ? `, ${times(some[0])} and ${times(some[some.length - 1])} on tensor cores.` : "."));
   }
-  const key = make("dl", { class: "se-gains" },
-    make("div", {}, make("dt", {}, make("i", { class: "se-stroke" }), " on tensor cores"), make("dd", {}, hard)),
-    make("div", {}, make("dt", {}, make("i", { class: "se-stroke se-dashed" }), " if all arithmetic saved were time saved"), make("dd", {}, soft)));
+  const gain = (look, text, output) => make("p", { class: "se-gain" }, make("i", { class: look }), make("span", {}, text), output);
+  const key = make("div", { class: "se-gains" }, gain("se-stroke", "on tensor cores", hard),
+    gain("se-stroke se-dashed", "if all arithmetic saved were time saved", soft));
   const slider = make("label", { class: "se-slider" }, make("span", {}, "tokens ", count), range);
   const origin = make("p", { class: "se-key" }, `A bound from a datasheet, not a measurement: ${gpu.source}.`);
   return { node: card(`Its bound on speed, ${gpu.name}`, key, svg, slider, words, origin), update };

@@ -39,12 +39,12 @@ LABELS = {"NM": "N:M", "VNM": "V:N:M", "Block": "block", "Dense": "dense", "Unst
 def grid(structure: type[Pattern], shape: Shape = SHAPE, **steps: Iterable) -> list[Pattern]:
     """Instances of a class at every combination of its parameters' ``steps`` that is valid and fits ``shape``.
 
-    To fit is to divide it and to reach its density there within a tenth. Without steps the class's own ``variants()``.
-    ValueError if nothing is left.
+    To fit is to divide it and to reach its density there within a tenth. Combinations that prune nothing are dropped.
+    Without steps the class's own ``variants()``. ValueError if nothing is left.
 
     >>> from sparsesurvey.structures import NM
     >>> [str(pattern) for pattern in grid(NM, n=[1, 2, 4], m=[2, 4])]
-    ['1:2', '1:4', '2:2', '2:4', '4:4']
+    ['1:2', '1:4', '2:4']
     """
     found = [] if steps else list(structure.variants())
     for values in product(*steps.values()) if steps else ():
@@ -52,7 +52,7 @@ def grid(structure: type[Pattern], shape: Shape = SHAPE, **steps: Iterable) -> l
             found.append(structure(**dict(zip(steps, values))))
         except ValueError:  # the class knows which combinations make sense
             continue
-    found = [pattern for pattern in dict.fromkeys(found) if _fits(pattern, shape)]
+    found = [pattern for pattern in dict.fromkeys(found) if _fits(pattern, shape) and (pattern.density < 1 or not steps)]
     if not found:
         got = steps or "its variants"
         raise ValueError(f"steps must hold a valid {structure.__name__} that fits {tuple(shape)}, got {got}")

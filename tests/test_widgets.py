@@ -186,7 +186,7 @@ def test_a_matrix_that_is_not_divided_is_refused():
 
 
 def test_grid_drops_what_makes_no_sense():
-    assert grid(NM, n=[4, 8], m=[4, 8]) == [NM(4, 4), NM(4, 8), NM(8, 8)]
+    assert grid(NM, n=[2, 4, 8], m=[4, 8]) == [NM(2, 4), NM(2, 8), NM(4, 8)]
     assert NM(3, 5) not in grid(NM) and NM(2, 4) in grid(NM)
     assert grid(Block, rows=[32], cols=[32], density=[0.1, 0.25]) == [Block(32, 32, 0.25)]
     with pytest.raises(ValueError, match="steps must hold a valid NM"):
