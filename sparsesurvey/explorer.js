@@ -114,10 +114,12 @@ function nearest(configs, family, at, field) {
   return members.reduce((best, member) => (distance(member) < distance(best) ? member : best)).index;
 }
 
-function nearestDensity(configs, family, density, kind) {
-  const far = (index) => Math.abs(configs[index].kept[kind][0] - density);
+// The configuration of another family whose density is nearest, and of those the one most like the family's default.
+function alike({ configs, families }, family, density, kind) {
+  const { start } = families[family];
+  const far = ({ at, kept }) => 1e6 * Math.round(1e3 * Math.abs(kept[kind][0] - density)) + at.reduce((sum, step, i) => sum + Math.abs(step - start[i]), 0);
   const members = [...configs.keys()].filter((index) => configs[index].family === family);
-  return members.reduce((best, index) => (far(index) < far(best) - 1e-9 ? index : best));
+  return members.reduce((best, index) => (far(configs[index]) < far(configs[best]) ? index : best));
 }
 
 function makeControls(source, get, set) {
@@ -133,7 +135,7 @@ function makeControls(source, get, set) {
 
   family.addEventListener("input", () => {
     moved.textContent = "";
-    set({ index: nearestDensity(configs, Number(family.value), configs[get("index")].kept[get("kind")][0], get("kind")) });
+    set({ index: alike(source.data, Number(family.value), configs[get("index")].kept[get("kind")][0], get("kind")) });
   });
   weight.addEventListener("input", () => set({ kind: Number(weight.value) }));
 

@@ -203,7 +203,7 @@ class PatternExplorer(anywidget.AnyWidget):
         for pattern, masks in zip(self.structures, self._masks):
             fact = self.facts.get(type(pattern).__name__, unknown)(pattern)
             family = classes.index(type(pattern))
-            at = [values.index(getattr(pattern, name)) for name, values in _steps(pattern, self.structures).items()]
+            at = _at(pattern, self.structures)
             words = [fact.verdict, fact.hardware, fact.kept, fact.column, fact.pruned]
             notes.extend(word for word in words if word not in notes)
             numbers = self._numbers(pattern, masks, fact)
@@ -287,11 +287,17 @@ def _steps(pattern: Pattern, structures: Sequence[Pattern]) -> dict[str, list]:
     return {field.name: sorted({getattr(other, field.name) for other in same}) for field in fields(pattern)}
 
 
+def _at(pattern: Pattern, structures: Sequence[Pattern]) -> list[int]:
+    """The step of each parameter among those of ``_steps``."""
+    return [values.index(getattr(pattern, name)) for name, values in _steps(pattern, structures).items()]
+
+
 def _family(kind: type[Pattern], members: Sequence[Pattern]) -> dict:
     steps = {name: [f"{100 * value:g} %" if name == "density" else str(value) for value in values]
              for name, values in _steps(members[0], members).items()}
     about = " ".join((inspect.getdoc(kind) or "").split("\n\n")[0].replace("`", "").split())
-    return {"name": LABELS.get(kind.__name__, kind.__name__), "about": about,
+    start = next((pattern for pattern in kind.variants() if pattern in members), members[0])
+    return {"name": LABELS.get(kind.__name__, kind.__name__), "about": about, "start": _at(start, members),
             "fields": [{"name": name, "values": values} for name, values in steps.items()]}
 
 

@@ -320,6 +320,14 @@ def current(page, explorer) -> list[str]:
 
 
 @pytest.mark.browser
+def test_another_structure_starts_at_the_same_density_near_its_default(page, explorer):
+    for start, number, expected in ((NM(2, 4), 4, "block 32x32 50%"), (NM(2, 8), 3, "64:2:8"), (NM(2, 8), 1, "unstructured 25%")):
+        page.evaluate(f"model.set('index', {explorer.structures.index(start)})")
+        page.get_by_label("structure", exact=True).select_option(str(number))
+        assert page.locator(".se-name").inner_text() == expected
+
+
+@pytest.mark.browser
 def test_weight_tokens_and_pins_change_what_is_read(page, explorer):
     page.evaluate(f"model.set('index', {explorer.structures.index(NM(2, 8))})")
     before = readouts(page)
