@@ -134,6 +134,29 @@ def _hash(data: object, digits: int) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:digits]
 
 
+TEXT = TrainConfig(steps=1500, batch=16, seq=128, optimizer="muon", lr=3e-3, warmup=50, eval_every=150, eval_batches=16,
+                   checkpoint_every=150)
+PRESETS = {
+    "quick": ("markov", TrainConfig(steps=80, warmup=10, eval_every=20), 1),
+    "default": ("markov", TrainConfig(), 3),
+    "full": ("markov", TrainConfig(steps=1200, warmup=40, eval_every=100), 5),
+    "text quick": ("bytes", replace(TEXT, steps=300, warmup=20, eval_every=50), 1),
+    "text": ("bytes", TEXT, 2),
+}
+
+
+def preset(name: str = "default") -> dict[str, object]:
+    """Model, configuration and seeds that the chapters train with: ``loss_curves(structures, **preset("quick"))``.
+
+    "quick", "default" and "full" are for the Markov language, "text quick" and "text" for bytes of text.
+
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+    model, config, seeds = PRESETS[name]
+    return {"model": model, "config": config, "seeds": tuple(range(seeds))}
+
+
 def runs_folder() -> Path:
     """``$SPARSESURVEY_RUNS``, or ``sparsesurvey/runs`` in the user's cache."""
     if os.environ.get("SPARSESURVEY_RUNS"):

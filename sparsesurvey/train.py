@@ -21,7 +21,7 @@ from sparsesurvey.machine import check_device
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train. The defaults suit the smallest model.
+    """How to train. The defaults suit the smallest model and the Markov language, see ``experiments.preset``.
 
     ``lr`` is AdamW's. With ``optimizer="muon"`` the matrices of attention and MLP are trained by Muon (Jordan 2024)
     at ``muon_lr``, embedding, head and norms by AdamW at ``lr``. The rate rises linearly over ``warmup`` steps; then
@@ -30,11 +30,11 @@ class TrainConfig:
     autocast with float32 weights.
     """
 
-    steps: int = 400
+    steps: int = 320
     batch: int = 32  # sequences
     seq: int = 64  # tokens of a sequence
     optimizer: str = "adamw"
-    lr: float = 5e-3
+    lr: float = 1e-2
     muon_lr: float = 0.02
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1
@@ -44,9 +44,9 @@ class TrainConfig:
     cooldown: float = 0.3
     final_lr: float = 0.0
     seed: int = 0  # of the order of the data
-    eval_every: int = 50
+    eval_every: int = 40
     eval_batches: int = 8  # of ``batch`` sequences each
-    checkpoint_every: int = 100
+    checkpoint_every: int = 80
     device: str = "cpu"
     precision: str = "float32"
 

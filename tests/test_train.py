@@ -287,7 +287,7 @@ def test_damaged_checkpoint(language, saved, damage, message):
 
 
 @pytest.mark.parametrize("make, changes, message", [
-    (model, {"lr": 1e-3}, "its config has lr = 0.005, this run 0.001"),
+    (model, {"lr": 1e-3}, "its config has lr = 0.01, this run 0.001"),
     (model, {"steps": 20}, "its config has steps = 12, this run 20"),
     (lambda: model(NM(1, 4)), {}, r"its layers has .*_proj = 'NM\(n=2, m=4\) static masked', this run 'NM\(n=1"),
     (lambda: build("markov"), {}, "its layers has .* this run None"),
@@ -355,7 +355,7 @@ def test_corpus_shorter_than_a_batch():
 
 @pytest.mark.parametrize("name, value, allowed", [
     ("steps", 0, "an integer of at least 1"), ("batch", 2.5, "an integer"), ("lr", -1.0, "a number above 0"),
-    ("lr", float("nan"), "a number above 0"), ("clip", True, "a number above 0"), ("warmup", 500, "an integer from 0 to 400"),
+    ("lr", float("nan"), "a number above 0"), ("clip", True, "a number above 0"), ("warmup", 500, "an integer from 0 to 320"),
     ("schedule", "linear", "one of cosine, wsd"), ("optimizer", "sgd", "one of adamw, muon"), ("cooldown", 2, "from 0 to 1"),
     ("precision", "float16", "one of float32, bfloat16"), ("weight_decay", -0.1, "at least 0"), ("seed", -1, "at least 0"),
 ])
