@@ -51,6 +51,24 @@ class Cost:
         return max(self.flops / flops_per_second, self.bytes / bytes_per_second)
 
 
+class Facts(NamedTuple):
+    """What a structure's author knows of it beside its definition, for bounds and for the explorer's words.
+
+    ``arithmetic``: share of a dense product's arithmetic that tensor cores with 2:4 support must still do; None if
+    not known. It is for a bound; what is only an estimate is told in ``hardware``, in words. ``positions``: bits a
+    weight that any code of the kept positions needs on average; None if not known. ``kept``, ``column``, ``pruned``:
+    why a weight stayed, or went with its whole tile column, or went alone, with places in braces that the front end
+    fills in (see ``explain`` in explorer.js).
+    """
+
+    hardware: str
+    arithmetic: float | None = None
+    positions: float | None = None
+    kept: str = "tile ({tile_row}, {tile_col}): {kept} of {size} kept"
+    column: str = ""
+    pruned: str = "tile ({tile_row}, {tile_col}): {kept} of {size} kept"
+
+
 @dataclass(frozen=True)
 class Structure(ABC):
     """A family of matrices with a storage format.
@@ -105,6 +123,11 @@ class Structure(ABC):
         weight_bytes = stored * itemsize + ceil(self.index_bits((out, inn)) / 8)
         return Cost(2 * tokens * stored, weight_bytes, tokens * (out + inn) * itemsize)
 
+    def facts(self) -> Facts:
+        """What hardware can make of this structure, and how a reader is told why a weight is kept."""
+        return Facts(f"Nothing is on record here of how hardware multiplies {self}: bounds assume that all arithmetic "
+                     "saved is time saved.")
+
     def kernels(self, product: str = "spmm") -> dict[str, Callable[[Any], Plan]]:
         """Every kernel of this structure for one of ``PRODUCTS``, by name: ``{"reference": ..., "gather": ...}``.
 
@@ -117,12 +140,12 @@ class Structure(ABC):
 
     def spmm_reference(self, packed: Any) -> Plan:
         """Forward product through the unpacked weight: slow, obviously right."""
-        weight = self.unpack(packed)
+        weight = self.unpack(packed).detach()
         return lambda x: check_activations("x", x, weight.shape[1], weight) @ weight.T
 
     def spmmt_reference(self, packed: Any) -> Plan:
         """Input gradient ``dy @ W`` through the unpacked weight."""
-        weight = self.unpack(packed)
+        weight = self.unpack(packed).detach()
         return lambda dy: check_activations("dy", dy, weight.shape[0], weight) @ weight
 
     def sddmm_reference(self, packed: Any) -> Plan:
@@ -219,9 +242,11 @@ def check_weight(weight: Tensor, name: str = "weight") -> None:
 
 
 def check_activations(name: str, x: Tensor, features: int, like: Tensor) -> Tensor:
-    """Return ``x`` ``[tokens, features]`` of the weight's dtype, detached, or raise ValueError."""
-    if not isinstance(x, Tensor) or x.dim() != 2 or x.shape[1] != features or x.dtype != like.dtype:
-        raise ValueError(f"{name} must be {like.dtype} [tokens, {features}], got {describe(x)}")
+    """Return ``x`` ``[tokens, features]`` of the weight's dtype and device, detached, or raise ValueError."""
+    fits = isinstance(x, Tensor) and x.dim() == 2 and x.shape[1] == features
+    if not fits or x.dtype != like.dtype or x.device != like.device:
+        got = f"{describe(x)} on {x.device}" if isinstance(x, Tensor) else describe(x)
+        raise ValueError(f"{name} must be {like.dtype} [tokens, {features}] on {like.device}, got {got}")
     return x.detach()
 
 
