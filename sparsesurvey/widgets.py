@@ -52,7 +52,7 @@ def grid(structure: type[Pattern], shape: Shape = SHAPE, **steps: Iterable) -> l
             found.append(structure(**dict(zip(steps, values))))
         except ValueError:  # the class knows which combinations make sense
             continue
-    found = [pattern for pattern in dict.fromkeys(found) if _fits(pattern, shape) and (pattern.density < 1 or not steps)]
+    found = [pattern for pattern in found if _fits(pattern, shape) and (pattern.density < 1 or not steps)]
     if not found:
         got = steps or "its variants"
         raise ValueError(f"steps must hold a valid {structure.__name__} that fits {tuple(shape)}, got {got}")
@@ -180,9 +180,11 @@ class PatternExplorer(anywidget.AnyWidget):
             values, index, _ = entry["bits"]
             figures.pattern(pattern, self._masks[place][kind], weight, above)
             parts = f"({values:.3g} values + {index:.3g} index)"
+            verdict = self.data["notes"][entry["words"][0]]
             above.set_xlabel(f"{values + index:.3g} bits a weight\n{parts}", fontsize=8)
             _draw_kept(middle, entry["kept"][kind], entry["colour"])
             _draw_bound(below, *(self._curve(entry[name]) for name in ("ideal", "usable")), entry["colour"])
+            below.set_xlabel(f"tokens\n{verdict}", fontsize=8)
         axes[2, 0].set_ylabel("bound on speed-up", fontsize=8)
         page.suptitle(
             f"{list(self.weights)[kind]}; bytes and bounds for [{self.matrix[0]} x {self.matrix[1]}] in bf16.\n"
@@ -329,4 +331,3 @@ def _draw_bound(ax: plt.Axes, ideal: Sequence[float], usable: Sequence[float] | 
     ax.set(xticks=[1, 32, 1024, 32768], xticklabels=["1", "32", "1024", "32768"])
     ax.yaxis.set_major_formatter(lambda gain, _: f"{gain:g}x")
     ax.tick_params(labelsize=8)
-    ax.set_xlabel("tokens", fontsize=8)

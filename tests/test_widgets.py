@@ -3,7 +3,6 @@
 import base64
 import json
 import re
-import shutil
 from itertools import product
 from math import ceil
 
@@ -219,11 +218,12 @@ def test_the_front_end_asks_for_nothing():
 
 
 PAGE = """<!doctype html><html lang="en" data-theme="light"><meta charset="utf-8"><title>explorer</title>
-<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,"><link rel="stylesheet" href="explorer.css">
+<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">
+<link rel="stylesheet" href="explorer.css">
 <style>
 html { --pst-color-text-base: #222832; --pst-color-background: #ffffff; --pst-color-surface: #f3f4f5; }
-html[data-theme="dark"] { --pst-color-text-base: #ced6dd; --pst-color-text-muted: #9ca4af; --pst-color-background: #14181e;
-  --pst-color-surface: #222832; --pst-color-border: #48566b; --pst-color-primary: #3fb1c5; }
+html[data-theme="dark"] { --pst-color-text-base: #ced6dd; --pst-color-text-muted: #9ca4af;
+  --pst-color-background: #14181e; --pst-color-surface: #222832; --pst-color-border: #48566b; --pst-color-primary: #3fb1c5; }
 body { margin: 8px; background: var(--pst-color-background); }
 </style><div id="here"></div><script type="module">
 import explorer from "./explorer.js";
@@ -242,21 +242,6 @@ window.model = {
 };
 window.clean = explorer.render({ model, el: document.getElementById("here") });
 </script></html>"""
-FLAGS = ("--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync "
-         "--no-first-run").split()
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    if not CHROMIUM:
-        pytest.skip("needs Chromium: apt-get install chromium")
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
-
 
 @pytest.fixture
 def page(chromium, explorer):
@@ -321,7 +306,8 @@ def current(page, explorer) -> list[str]:
 
 @pytest.mark.browser
 def test_another_structure_starts_at_the_same_density_near_its_default(page, explorer):
-    for start, number, expected in ((NM(2, 4), 4, "block 32x32 50%"), (NM(2, 8), 3, "64:2:8"), (NM(2, 8), 1, "unstructured 25%")):
+    steps = ((NM(2, 4), 4, "block 32x32 50%"), (NM(2, 8), 3, "64:2:8"), (NM(2, 8), 1, "unstructured 25%"))
+    for start, number, expected in steps:
         page.evaluate(f"model.set('index', {explorer.structures.index(start)})")
         page.get_by_label("structure", exact=True).select_option(str(number))
         assert page.locator(".se-name").inner_text() == expected
@@ -396,7 +382,8 @@ def test_every_control_has_a_name_and_text_stands_out(page):
 
 
 UNNAMED = """() => [...document.querySelectorAll('.sparse-explorer :is(input, select, button, canvas, [tabindex])')]
-  .filter((node) => !node.getAttribute('aria-label') && !(node.labels && node.labels.length)).map((node) => node.outerHTML)"""
+  .filter((node) => !node.getAttribute('aria-label') && !(node.labels && node.labels.length))
+  .map((node) => node.outerHTML)"""
 COLOURS = """() => {
   const pen = document.createElement('canvas').getContext('2d', { willReadFrequently: true });
   const rgb = (colour) => {
@@ -407,7 +394,7 @@ COLOURS = """() => {
     const own = rgb(getComputedStyle(node).backgroundColor);
     return own[3] === 255 ? own : ground(node.parentElement);
   };
-  return [...document.querySelectorAll('.sparse-explorer :is(p, h4, span, small, output, dt, dd, th, td, button, select)')]
+  return [...document.querySelectorAll('.sparse-explorer :is(p, h4, span, small, output, th, td, button, select)')]
     .filter((node) => node.textContent.trim() && node.offsetWidth > 1)
     .map((node) => [rgb(getComputedStyle(node).color), ground(node), node.className || node.tagName, node.textContent]);
 }"""
