@@ -61,7 +61,7 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if header.get("format") != FORMAT or not isinstance(about, dict):
         raise BadCheckpoint(f"checkpoint {path} has the format {header.get('format')!r}, not {FORMAT!r}; {allowed}")
     if header.get("checksum") != _checksum(tensors):
-        raise BadCheckpoint(f"checkpoint {path} is damaged: its tensors do not have the checksum it was written with; {allowed}")
+        raise BadCheckpoint(f"checkpoint {path} is damaged: its tensors changed after it was written; {allowed}")
     return tensors, about
 
 
@@ -95,6 +95,6 @@ def copy_tensors(path: str | Path, into: dict[str, Tensor], found: dict[str, Ten
         here, there = (f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" if t is not None else "nothing"
                        for t in (into.get(name), found.get(name)))
         if here != there:
-            raise BadCheckpoint(f"checkpoint {path} is of another model: it has {there} for {name}, the model has {here}")
+            raise BadCheckpoint(f"checkpoint {path} is of another model: it has {there} for {name}, not {here}")
     for name, tensor in into.items():
         tensor.copy_(found[name])

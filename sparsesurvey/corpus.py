@@ -227,8 +227,8 @@ def _lines(path: Path, bar: tqdm) -> Iterator[Iterator[str]]:
                     yield line.decode()
                 except UnicodeDecodeError as error:
                     where = offset + error.start
-                    raise ValueError(f"corpus {path} is not UTF-8 at byte {where} of its text (0x{line[error.start]:02x}, "
-                                     f"{error.reason}); only UTF-8 is read") from error
+                    raise ValueError(f"corpus {path} is not UTF-8 at byte {where} of its text "
+                                     f"(0x{line[error.start]:02x}, {error.reason}); only UTF-8 is read") from error
                 offset += len(line)
                 if raw.tell() - told > PIECE:
                     bar.update(raw.tell() - told)
@@ -242,7 +242,9 @@ def _lines(path: Path, bar: tqdm) -> Iterator[Iterator[str]]:
 
 
 def _text_documents(path: Path, lines: Iterator[str]) -> Iterator[tuple[str, bool]]:
-    """Documents, each before a separator line, whose line end is not theirs; a long one in pieces, cut where no tokenizer joins what is cut apart.
+    """Documents, each before a separator line; a long one in pieces, cut where no tokenizer joins what is cut apart.
+
+    The line end right before a separator is not the document's.
 
     Such a place is the end of a line with text in it before a line that starts with text: runs of white space stay
     whole, which is what the usual byte-level tokenizers split at.

@@ -147,7 +147,7 @@ def stdlib() -> Language:
                 held = hashlib.md5(name.as_posix().encode(), usedforsecurity=False).digest()[0] < 13
                 parts[held].append(content + b"\0")
     if not parts[True] or not parts[False]:
-        raise ValueError(f"the Python at {folder} has no standard library sources to learn from: use text() or markov()")
+        raise ValueError(f"the Python at {folder} has no standard library sources: use text() or markov()")
     train, valid = (np.frombuffer(b"".join(parts[held]), np.uint8) for held in (False, True))
     name = "stdlib {}.{} bytes".format(*sys.version_info)
     return Language(name, train, valid, 256, _digest(train, valid), bytes_per_token=1.0)

@@ -17,8 +17,9 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 
 import torch
 from torch import nn
@@ -78,12 +79,13 @@ class Job:
 
     def at(self, step: int | None = None) -> dict[str, str | int | float]:
         """The settings that stand in a row. ``settings`` is a hash that covers those without a column of their own."""
-        config = {key: value for key, value in asdict(self.settings).items() if key not in ("device", "checkpoint_every")}
+        free = ("device", "checkpoint_every")  # nothing depends on them
+        config = {key: value for key, value in asdict(self.settings).items() if key not in free}
         shown = {key: config[key] for key in ("seed", "steps", "batch", "seq", "optimizer")}
         shown["lr"] = config["muon_lr" if self.config.optimizer == "muon" else "lr"]
         when = {} if step is None else {"step": step, "tokens": step * self.config.batch * self.config.seq}
-        return {"model": self.model, "language": self.language.name, "corpus": self.language.digest[:12], **shown, **when,
-                "settings": _hash(config, 8)}
+        return {"model": self.model, "language": self.language.name, "corpus": self.language.digest[:12],
+                **shown, **when, "settings": _hash(config, 8)}
 
     @property
     def folder(self) -> Path:
@@ -201,7 +203,7 @@ def loss_curves(structures: Iterable[Pattern], seeds: Sequence[int] = (0, 1, 2),
 
 def _side_by_side(jobs: list[Job], folder: str, workers: int, progress: bool) -> None:
     """Train in processes. They are spawned: a forked torch with threads may hang."""
-    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), _begin_process) as pool:
         try:
             waiting = [pool.submit(run, job, folder) for job in jobs]
             for done in tqdm(as_completed(waiting), total=len(jobs), desc="runs", unit="run", disable=not progress):
@@ -209,6 +211,17 @@ def _side_by_side(jobs: list[Job], folder: str, workers: int, progress: bool) ->
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _begin_process() -> None:
+    """One thread, and no life after the notebook's: a kernel that is killed cannot end its processes itself."""
+    torch.set_num_threads(1)
+
+    def follow() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    Thread(target=follow, daemon=True).start()
 
 
 def run(job: Job, folder: str | Path | None = None) -> None:

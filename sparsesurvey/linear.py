@@ -188,7 +188,7 @@ def sparsify(model: nn.Module, structure: Pattern, recipe: Recipe = Recipe(), mo
     chosen = {name: part for name, part in model.named_modules()
               if isinstance(part, nn.Linear) and name.rpartition(".")[2] in modules}
     if not chosen:
-        raise ValueError(f"modules must name linear layers of the model, got {', '.join(modules)}: it has none so called")
+        raise ValueError(f"modules must name linear layers of the model, got {', '.join(modules)}: it has none such")
     for name, part in chosen.items():
         try:
             structure.check_shape(part.weight.shape)

@@ -57,7 +57,7 @@ class TrainConfig:
         _check("seed", self.seed, int, lambda value: value >= 0, "an integer of at least 0")
         for name in ("lr", "muon_lr", "clip"):
             _check(name, getattr(self, name), float, lambda value: 0 < value < float("inf"), "a number above 0")
-        _check("weight_decay", self.weight_decay, float, lambda value: 0 <= value < float("inf"), "a number of at least 0")
+        _check("weight_decay", self.weight_decay, float, lambda value: 0 <= value < float("inf"), "at least 0")
         for name in ("cooldown", "final_lr"):
             _check(name, getattr(self, name), float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
         choices = {"optimizer": ("adamw", "muon"), "schedule": ("cosine", "wsd"), "precision": ("float32", "bfloat16")}
@@ -142,7 +142,8 @@ def train(model: nn.Module, data: Language, config: TrainConfig = TrainConfig(),
     """
     device = check_device(config.device)
     if data.vocab > model.config.vocab_size:
-        raise ValueError(f"model must know the {data.vocab} tokens of {data.name}, got a vocabulary of {model.config.vocab_size}")
+        raise ValueError(f"model must know the {data.vocab} tokens of {data.name}, "
+                         f"got a vocabulary of {model.config.vocab_size}")
     model.to(device).train()
     path = None if folder is None else Path(folder) / "checkpoint.safetensors"
     run = _Run(model, data, config, path)
@@ -168,8 +169,7 @@ class _Run:
     def go(self, device: torch.device, progress: bool) -> None:
         config, history = self.config, self.history
         before, begun = history.seconds, time.perf_counter()
-        bar = tqdm(total=config.steps, initial=self.step, desc="train", unit="step", disable=not progress, mininterval=1.0)
-        with bar:
+        with tqdm(total=config.steps, initial=self.step, desc="train", unit="step", disable=not progress) as bar:
             if self.step == 0 and not history.valid:
                 self.validate(device)
             while self.step < config.steps:
@@ -211,9 +211,12 @@ class _Run:
 
     def check(self, value: float, what: str) -> None:
         if not isfinite(value):
-            kept = f"the checkpoint of step {self.saved} is kept in {self.path}" if self.saved else "no checkpoint was written"
-            raise Diverged(f"{what} is {value} in step {self.step + 1} of {self.config.steps}, learning rate "
-                           f"{self.optimizers[0].param_groups[0]['lr']:.3g}; {kept}. Try a lower lr or a longer warm-up")
+            rate = self.optimizers[0].param_groups[0]["lr"]
+            kept = "no checkpoint was written"
+            if self.saved:
+                kept = f"the checkpoint of step {self.saved} is kept in {self.path}"
+            raise Diverged(f"{what} is {value} in step {self.step + 1} of {self.config.steps}, "
+                           f"learning rate {rate:.3g}; {kept}. Try a lower lr or a longer warm-up")
 
     def tensors(self) -> dict[str, Tensor]:
         names = {id(p): name for name, p in self.model.named_parameters()}
@@ -254,8 +257,8 @@ class _Run:
             for name in sorted(here.keys() | there.keys()):
                 if here.get(name) != there.get(name):
                     raise checkpoint.BadCheckpoint(
-                        f"checkpoint {self.path} is of another run: its {part} has {name} = {there.get(name)!r}, this run "
-                        f"{here.get(name)!r}; allowed: the same, or another folder")
+                        f"checkpoint {self.path} is of another run: its {part} has {name} = {there.get(name)!r}, "
+                        f"this run {here.get(name)!r}; allowed: the same, or another folder")
         own = {name: value for name, value in tensors.items() if name.startswith("model.")}
         checkpoint.copy_tensors(self.path, checkpoint.model_tensors(self.model), own)
         self.load_optimizers(tensors)
