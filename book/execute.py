@@ -21,7 +21,7 @@ from typing import Any
 
 STATE = "application/vnd.jupyter.widget-state+json"
 VIEW = "application/vnd.jupyter.widget-view+json"
-BAR = re.compile(r"\r|\d+%\|")
+BAR = re.compile(r"\r|\d+%\||\d+it \[")
 LIVE_NOTE = (
     "*Live: this control needs a running kernel. Download the notebook (the arrow at the top of the page) and run the "
     "cell in JupyterLab.*"
@@ -36,8 +36,12 @@ def defaults(notebook: Path) -> dict[str, Any]:
     """The parameters of a notebook and their default values, which must be literals."""
     import papermill
 
+    try:
+        declared = papermill.inspect_notebook(str(notebook))
+    except ValueError as error:  # no JSON, or no language
+        raise ChapterError(f"{notebook.name} is not a notebook of Python: {error}")
     found = {}
-    for name, entry in papermill.inspect_notebook(str(notebook)).items():
+    for name, entry in declared.items():
         try:
             found[name] = ast.literal_eval(entry["default"])
         except (ValueError, SyntaxError):
@@ -120,8 +124,10 @@ def tidy_outputs(cell: Any, state: dict[str, Any]) -> None:
 
     kept, live = [], "live-only" in cell.metadata.get("tags", [])
     for output in cell.outputs:
-        if output.output_type == "stream" and output.name == "stderr" and BAR.search(output.text):
-            continue
+        if output.output_type == "stream" and output.name == "stderr":
+            output.text = "\n".join(line for line in output.text.split("\n") if not BAR.search(line)).lstrip("\n")
+            if not output.text.strip():
+                continue
         model = output.get("data", {}).get(VIEW, {}).get("model_id")
         models = tree(state, model) if model else set()
         callback = kinds(state, models) & {"widget-interact", "OutputModel"}

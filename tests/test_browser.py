@@ -1,0 +1,253 @@
+"""The built book as a reader sees it: Chromium opens every page with the network blocked, in light and dark.
+
+Run after `make book`; without a built book or Chromium these tests are skipped, and with CI=true they fail.
+"""
+
+import functools
+import gzip
+import http.server
+import re
+import threading
+from pathlib import Path
+
+import pytest
+from chapters import pages
+from conftest import absent
+
+pytestmark = pytest.mark.browser
+
+ROOT = Path(__file__).parent.parent
+HTML = ROOT / "_build" / "html"
+PAGES = pages(ROOT)
+WIDTHS = (1280, 390)
+WIDGET_BUNDLE = re.compile(r"embed-amd|require\.js|anywidget\.js|widgets-config|@jupyter-widgets|blob:")
+MOST = 1_500_000  # bytes of a page without the widget bundle
+LEAST_CONTRAST = 4.5  # WCAG AA
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *words):
+        pass
+
+
+@pytest.fixture(scope="module")
+def site():
+    """The address of the built book on the loopback."""
+    if not (HTML / "index.html").is_file():
+        absent("there is no built book: run make book first")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=HTML))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.fixture(scope="module", params=["light", "dark"])
+def theme(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def themed(chromium, theme):
+    """One browser profile a theme, so that the second page finds the scripts in its cache as a reader's does."""
+    context = chromium.new_context(color_scheme=theme, viewport={"width": WIDTHS[0], "height": 900})
+    yield context
+    context.close()
+
+
+@pytest.fixture
+def page(themed, watch):
+    """A page that is watched; what went wrong on it fails the test at its end."""
+    page = themed.new_page()
+    page.set_viewport_size({"width": WIDTHS[0], "height": 900})
+    page.watch = watch(page)
+    yield page
+    page.watch.check()
+    page.close()
+
+
+def visit(page, site: str, name: str) -> None:
+    page.goto(f"{site}/{name}.html", wait_until="load")
+    page.wait_for_function("document.fonts.status === 'loaded'")
+
+
+def waits_for_math(page) -> int:
+    """How many formulas the page has, once all are rendered."""
+    page.wait_for_function(
+        "[...document.querySelectorAll('.bd-article .math')].every(f => f.querySelector('mjx-container, .katex'))"
+    )
+    return page.locator(".bd-article .math").count()
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_page_is_whole(page, site, theme, name):
+    visit(page, site, name)
+    assert page.locator(".bd-article h1").count() == 1
+    assert page.locator("html").get_attribute("data-theme") == theme
+    waits_for_math(page)
+    broken = page.evaluate("[...document.images].filter(i => !(i.complete && i.naturalWidth)).map(i => i.src)")
+    assert broken == []
+    for width in WIDTHS:
+        page.set_viewport_size({"width": width, "height": 900})
+        over = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        assert over <= 1, f"at {width} px the page is {over} px too wide"
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_page_shows_no_traceback_and_no_raw_markup(page, site, name):
+    visit(page, site, name)
+    text = page.locator(".bd-article").inner_text()
+    for trace in ("Traceback (most recent call last)", "{cite", "{math}", "<Figure size", "state of the build -->"):
+        assert trace not in text
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_page_is_light(chromium, site, watch, name):
+    """Bytes that a first visit transfers from a server that compresses text, without the widget bundle."""
+    context = chromium.new_context()
+    page = context.new_page()
+    sizes = {}
+    page.on("response", lambda response: sizes.update({response.url: response}))
+    page.goto(f"{site}/{name}.html", wait_until="networkidle")
+    counted = {url: transfer(response) for url, response in sizes.items() if not WIDGET_BUNDLE.search(url)}
+    heaviest = sorted(counted.items(), key=lambda item: -item[1])[:5]
+    assert sum(counted.values()) < MOST, heaviest
+    context.close()
+
+
+def transfer(response) -> int:
+    body = response.body()
+    return len(body if re.search(r"\.(woff2?|png|gz)(\?|$)", response.url) else gzip.compress(body, 6))
+
+
+def test_first_page_leads_to_the_book(page, site):
+    page.goto(f"{site}/index.html")
+    page.wait_for_url(f"**/{PAGES[0]}.html")
+
+
+def test_contents_name_every_page(page, site):
+    visit(page, site, PAGES[0])
+    links = page.eval_on_selector_all("nav.bd-links a", "all => all.map(a => a.href.split('#')[0])")
+    found = {link.removeprefix(f"{site}/").removesuffix(".html") for link in links if link.startswith(site)}
+    assert found >= set(PAGES[1:])
+
+
+def test_search_finds_a_page(page, site):
+    page.goto(f"{site}/search.html?q=density")
+    page.wait_for_selector("#search-results li a")
+    found = page.eval_on_selector_all("#search-results li a", "all => all.map(a => a.getAttribute('href'))")
+    assert any("notation" in link for link in found)
+
+
+def test_theme_button_turns_the_page_dark_and_light(page, site):
+    visit(page, site, PAGES[0])
+    seen = set()
+    for _ in range(3):
+        page.locator("button.theme-switch-button").first.click()
+        seen.add(page.locator("html").get_attribute("data-theme"))
+    assert seen == {"light", "dark"}
+
+
+def test_every_chapter_can_be_downloaded(page, site):
+    for name in PAGES:
+        if (ROOT / f"{name}.ipynb").is_file():
+            visit(page, site, name)
+            link = page.locator("a.btn-download-source-button").first.get_attribute("href")
+            got = page.request.get(f"{site}/{name.rsplit('/', 1)[0]}/{link}")
+            assert got.ok and any(cell.get("outputs") for cell in got.json()["cells"])
+
+
+def test_status_page_tells_what_was_built(page, site):
+    visit(page, site, "book/status")
+    text = page.locator(".bd-article").inner_text()
+    for word in ("Built 20", "commit", "torch", "measured here", "recorded", "seconds"):
+        assert word in text
+
+
+def explorers(page, site):
+    """Each page with an explorer, opened until the explorer has drawn."""
+    for name in PAGES:
+        if (HTML / f"{name}.html").is_file() and "sparse-explorer" in (HTML / f"{name}.html").read_text(encoding="utf-8"):
+            visit(page, site, name)
+            page.wait_for_selector(".sparse-explorer select")
+            yield name
+        elif name.endswith("/explorer"):
+            pytest.fail(f"{name} has no explorer in it")
+
+
+def shown(page) -> str:
+    """What the first explorer says: all text that is not a control's caption, and its drawing."""
+    return page.locator(".sparse-explorer").first.inner_text() + page.evaluate(
+        "[...document.querySelectorAll('.sparse-explorer canvas')].map(c => c.toDataURL()).join()"
+    )
+
+
+def test_explorer_changes_a_value_at_both_ends_of_every_control(page, site):
+    visited = 0
+    for _ in explorers(page, site):
+        box = page.locator(".sparse-explorer").first
+        for choice in range(box.locator("select").count()):
+            select = box.locator("select").nth(choice)
+            for value in select.locator("option").evaluate_all("all => all.map(o => o.value)"):
+                before, old = shown(page), select.input_value()
+                select.select_option(value)
+                assert value == old or shown(page) != before, f"select {choice} to {value} changed nothing"
+                if choice == 0:
+                    move_sliders(page, box)
+        visited += 1
+    if not visited:
+        absent("no page of the book has an explorer")
+
+
+def move_sliders(page, box) -> None:
+    """Every slider of the structure that is chosen, to its minimum and its maximum."""
+    for number in range(box.locator("input[type=range]").count()):
+        slider = box.locator("input[type=range]").nth(number)
+        slider.fill(slider.get_attribute("min"))
+        low = shown(page)
+        slider.fill(slider.get_attribute("max"))
+        assert shown(page) != low, f"slider {slider.get_attribute('aria-label')} shows the same at both ends"
+        page.watch.check()
+
+
+def test_explorer_is_usable_by_keyboard(page, site):
+    for _ in explorers(page, site):
+        slider = page.locator(".sparse-explorer input[type=range]").first
+        slider.fill(slider.get_attribute("min"))
+        before = shown(page)
+        slider.press("ArrowRight")
+        assert shown(page) != before
+        unnamed = page.eval_on_selector_all(
+            ".sparse-explorer :is(select, input, canvas, button)",
+            "all => all.filter(e => !(e.labels?.length || e.getAttribute('aria-label') || e.textContent.trim())).length",
+        )
+        assert unnamed == 0
+
+
+CONTRAST = """
+() => {
+  const parse = (text) => text.match(/[\\d.]+/g).map(Number);
+  const light = ([r, g, b]) => [r, g, b].map((v) => v / 255)
+    .map((v) => (v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const ground = (node) => {
+    for (; node; node = node.parentElement) {
+      const colour = parse(getComputedStyle(node).backgroundColor);
+      if (colour.length < 4 || colour[3] > 0.5) return colour;
+    }
+    return [255, 255, 255];
+  };
+  const own = (node) => [...node.childNodes].some((child) => child.nodeType === 3 && child.textContent.trim());
+  return [...document.querySelectorAll(".sparse-explorer *")]
+    .filter((node) => own(node) && node.getClientRects().length && !(node instanceof SVGElement))
+    .map((node) => {
+      const [a, b] = [light(parse(getComputedStyle(node).color)), light(ground(node))];
+      return [(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), node.className, node.textContent.trim().slice(0, 40)];
+    });
+}
+"""
+
+
+def test_explorer_can_be_read(page, site):
+    for name in explorers(page, site):
+        faint = [entry for entry in page.evaluate(CONTRAST) if entry[0] < LEAST_CONTRAST]
+        assert not faint, name
