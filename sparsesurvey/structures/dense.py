@@ -46,11 +46,11 @@ class Dense(Pattern):
 
     def spmm_torch(self, packed: PackedDense) -> Plan:
         """``F.linear``: what every other structure's time is compared with."""
-        weight = packed.values
+        weight = packed.values.detach()
         return lambda x: torch.nn.functional.linear(check_activations("x", x, weight.shape[1], weight), weight)
 
     def spmmt_torch(self, packed: PackedDense) -> Plan:
-        weight = packed.values
+        weight = packed.values.detach()
         return lambda dy: check_activations("dy", dy, weight.shape[0], weight) @ weight
 
     def sddmm_torch(self, packed: PackedDense) -> Plan:

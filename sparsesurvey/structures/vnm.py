@@ -151,11 +151,8 @@ class VNM(Pattern):
     def sddmm_gather(self, packed: PackedVNM) -> Plan:
         run = self.outer.sddmm_gather(self.vectors(packed))
         out, inn = self.check_shape(packed.shape)
-        width = COLUMNS * inn // self.m
+        panels, width = out // self.v, COLUMNS * inn // self.m
         kept = self.inner.decode(PackedNM(packed.values, packed.index, (out, width)))
-
-        def select(dy: Tensor, x: Tensor) -> Tensor:
-            vectors = run(dy, x).view(out // self.v, width, self.v)
-            return vectors.mT.reshape(out, width)[kept].view(packed.values.shape)
-
-        return select
+        number = torch.arange(out * width, device=kept.device).view(panels, width, self.v)  # place in the vectors
+        places = number.mT.reshape(out, width)[kept]
+        return lambda dy, x: run(dy, x).flatten().index_select(0, places).view(packed.values.shape)
