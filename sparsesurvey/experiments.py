@@ -147,16 +147,15 @@ PRESETS = {
 }
 
 
-def preset(name: str = "default") -> dict[str, object]:
+def preset(name: str = "default", device: str = "cpu") -> dict[str, object]:
     """Model, configuration and seeds that the chapters train with: ``loss_curves(structures, **preset("quick"))``.
 
     "quick", "default" and "full" are for the Markov language, "text quick" and "text" for bytes of text.
-
     """
     if name not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
     model, config, seeds = PRESETS[name]
-    return {"model": model, "config": config, "seeds": tuple(range(seeds))}
+    return {"model": model, "config": replace(config, device=device), "seeds": tuple(range(seeds))}
 
 
 def runs_folder() -> Path:
