@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from itertools import product
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import anywidget
@@ -172,7 +173,7 @@ class PatternExplorer(anywidget.AnyWidget):
         weight = list(self.weights.values())[kind]
         places = [self._place(pattern) for pattern in chosen]
         page, axes = plt.subplots(
-            3, len(chosen), figsize=(2.4 * len(chosen) + 0.6, 6.4), squeeze=False, sharey="row",
+            3, len(chosen), figsize=(1.7 * len(chosen) + 0.5, 5.6), squeeze=False, sharey="row",
             height_ratios=(2, 1, 1.3), layout="constrained",
         )
         for (above, middle, below), pattern, place in zip(axes.T, chosen, places):
@@ -181,15 +182,17 @@ class PatternExplorer(anywidget.AnyWidget):
             figures.pattern(pattern, self._masks[place][kind], weight, above)
             parts = f"({values:.3g} values + {index:.3g} index)"
             verdict = self.data["notes"][entry["words"][0]]
-            above.set_xlabel(f"{values + index:.3g} bits a weight\n{parts}", fontsize=8)
+            above.set_xlabel(f"{values + index:.3g} bits a weight\n{parts}", fontsize=7.5)
             _draw_kept(middle, entry["kept"][kind], entry["colour"])
             _draw_bound(below, *(self._curve(entry[name]) for name in ("ideal", "usable")), entry["colour"])
-            below.set_xlabel(f"tokens\n{verdict}", fontsize=8)
+            below.set_xlabel(f"tokens\n{fill(verdict, 24)}", fontsize=7.5)
         axes[2, 0].set_ylabel("bound on speed-up", fontsize=8)
+        for ax in axes[0, 1:]:
+            ax.set_ylabel("")
         page.suptitle(
             f"{list(self.weights)[kind]}; bytes and bounds for [{self.matrix[0]} x {self.matrix[1]}] in bf16.\n"
             f"Bounds, not measurements: {self.gpu.source}.\n"
-            "Dashed: if all arithmetic saved were time saved; solid: on tensor cores.", fontsize=9, x=0.01, ha="left",
+            "Dashed: if all arithmetic saved were time saved; solid: on tensor cores.", fontsize=8.5, x=0.01, ha="left",
         )
         return page
 
@@ -316,7 +319,7 @@ def _draw_kept(ax: plt.Axes, entry: Sequence[float], colour: str) -> None:
         ax.text(0.02, row, f"{share:.0%}", va="center", fontsize=8, color="white" if share > 0.15 else "black")
     ax.set(xlim=(0, 1), xticks=[0, 0.5, 1])
     ax.tick_params(labelsize=8)
-    ax.set_xlabel("kept; line: best unstructured", fontsize=8)
+    ax.set_xlabel("kept; line: best", fontsize=7.5)
     if not ax.yaxis_inverted():
         ax.invert_yaxis()
 
@@ -328,6 +331,6 @@ def _draw_bound(ax: plt.Axes, ideal: Sequence[float], usable: Sequence[float] | 
     ax.axhline(1, color="#555555", linewidth=0.8, linestyle=":")
     ax.set_xscale("log", base=2)
     ax.set_yscale("log", base=2)
-    ax.set(xticks=[1, 32, 1024, 32768], xticklabels=["1", "32", "1024", "32768"])
+    ax.set(xticks=[1, 64, 4096], xticklabels=["1", "64", "4096"])
     ax.yaxis.set_major_formatter(lambda gain, _: f"{gain:g}x")
     ax.tick_params(labelsize=8)
