@@ -111,11 +111,11 @@ class Job:
 
     def recorded(self, folder: str | Path | None) -> list[Measurement]:
         """The validation losses of this run that are in the record, by step."""
-        slug = _slug(self.config.device)
-        settings = [self.at(step) for step in self.evaluations]
+        slug, settings, steps = _slug(self.config.device), self.at().items(), set(self.evaluations)
+        mine = (LOSS, self.name, self.method, self.code, slug)
         found = [row for row in live(CHAPTER, folder)
-                 if (row.metric, row.structure, row.method, row.code, row.machine.slug)
-                 == (LOSS, self.name, self.method, self.code, slug) and row.at in settings]
+                 if (row.metric, row.structure, row.method, row.code, row.machine.slug) == mine
+                 and settings <= row.at.items() and row.at.get("step") in steps]
         return sorted(found, key=lambda row: row.at["step"])
 
     def done(self, folder: str | Path | None) -> bool:

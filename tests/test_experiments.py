@@ -7,11 +7,13 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
 from sparsesurvey import experiments
+from sparsesurvey.checkpoint import load
 from sparsesurvey.data import Language, markov
 from sparsesurvey.experiments import Job, loss_curves, pruned_loss, trained
 from sparsesurvey.linear import sparse_layers
@@ -38,7 +40,7 @@ def folders(tmp_path, monkeypatch):
 
 
 def curves(structures, language, seeds=(0,), **options):
-    return loss_curves(structures, seeds, language, config=CONFIG, workers=options.pop("workers", 1), progress=False, **options)
+    return loss_curves(structures, seeds, language, config=CONFIG, workers=1, progress=False, **options)
 
 
 def test_rows_of_a_curve(language):
@@ -72,10 +74,9 @@ def test_record_elsewhere_takes_the_run_that_is_kept(language, folders, monkeypa
 
 def test_changed_code_or_settings_is_another_run(language):
     job = Job(NM(2, 4), 0, language, "markov", CONFIG, Static())
-    others = [Job(NM(2, 4), 0, language, "markov", CONFIG, Static(), code="0" * 12),
-              Job(NM(2, 4), 0, language, "markov", TrainConfig(), Static()), Job(NM(2, 4), 1, language, "markov", CONFIG, Static()),
-              Job(NM(2, 4), 0, language, "bytes", CONFIG, Static()), Job(NM(2, 4), 0, language, "markov", CONFIG, Static(scale_lr=True)),
-              Job(Block(8, 8), 0, language, "markov", CONFIG, Static()), Job(None, 0, language, "markov", CONFIG, Static())]
+    changes = [{"code": "0" * 12}, {"config": TrainConfig()}, {"seed": 1}, {"model": "bytes"}, {"recipe": Static(scale_lr=True)},
+               {"structure": Block(8, 8)}, {"structure": None}]
+    others = [replace(job, **change) for change in changes]
     assert len({each.folder for each in [job, *others]}) == len(others) + 1
 
 
@@ -87,26 +88,58 @@ def test_bits_per_byte_of_a_byte_language(language):
     assert [row.value for row in bits] == pytest.approx([row.value / 0.6931471805599453 for row in rows])
 
 
+SCRIPT = """
+from dataclasses import replace
+from sparsesurvey.data import markov
+from sparsesurvey.experiments import loss_curves
+from sparsesurvey.structures import NM, Dense
+from test_experiments import CONFIG
+if __name__ == "__main__":
+    language = markov(length=1 << 14, valid=1 << 12)
+    loss_curves([Dense(), NM(2, 4)], (0,), language, config=replace(CONFIG, steps=STEPS), workers=2)
+"""
+
+
+def script(folder, steps):
+    path = folder / "script.py"
+    path.write_text(SCRIPT.replace("STEPS", str(steps)))
+    here = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.path.dirname(__file__)}
+    return subprocess.Popen([sys.executable, path], env=here, stderr=subprocess.PIPE, text=True)
+
+
 def test_processes_give_the_same_numbers(language, folders):
     """Trained side by side in spawned processes, from a script as from a notebook."""
-    script = ("from sparsesurvey.experiments import loss_curves\n"
-              "from sparsesurvey.structures import NM, Dense\n"
-              "from test_experiments import CONFIG\n"
-              "from sparsesurvey.data import markov\n"
-              "if __name__ == '__main__':\n"
-              "    loss_curves([Dense(), NM(2, 4)], (0,), markov(length=1 << 14, valid=1 << 12), config=CONFIG, workers=2)\n")
-    path = folders / "script.py"
-    path.write_text(script)
-    done = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.path.dirname(__file__)})
-    assert done.returncode == 0, done.stderr
-    assert "runs: 100%" in done.stderr
+    with script(folders, steps=6) as started:
+        _, told = started.communicate(timeout=120)
+    assert started.returncode == 0, told
+    assert "runs: 100%" in told
     spawned = live("training")
     assert len(spawned) == 6
     shutil.rmtree(folders / "runs")
     own = curves([Dense(), NM(2, 4)], language, record=str(folders / "own"))
     assert len(own) == 6
     assert sorted(row.value for row in own) == sorted(row.value for row in spawned)
+
+
+def test_processes_end_with_the_one_that_started_them(folders):
+    """A notebook's kernel that is killed leaves nobody training, and what was trained is kept."""
+    deadline = time.monotonic() + 120
+    with script(folders, steps=1_000_000) as started:
+        while len(found := list((folders / "runs").glob("*/checkpoint.safetensors"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        started.kill()
+    assert len(found) == 2
+    for path in found:
+        with (path.parent / "lock").open("w") as file:
+            while time.monotonic() < deadline:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    time.sleep(0.1)
+            else:
+                pytest.fail("a process still trains")
+        assert load(path)[1]["step"] > 0
 
 
 def test_a_run_waits_for_the_one_that_trains_it(language):
