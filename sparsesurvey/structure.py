@@ -267,7 +267,8 @@ def check_part(name: str, part: Tensor, dtype: torch.dtype | None, shape: tuple[
 
 def check_order(name: str, index: Tensor, high: int) -> None:
     """Raise ValueError unless the last axis of ``index`` rises strictly from at least 0 to below ``high``."""
-    if index.numel() and (index.min() < 0 or index.max() >= high or (index[..., 1:] <= index[..., :-1]).any()):
+    outside = index.numel() and (int(index.min()) < 0 or int(index.max()) >= high)
+    if outside or (index[..., 1:] <= index[..., :-1]).any():
         raise ValueError(f"packed.{name} must rise strictly and stay from 0 to {high - 1}")
 
 
@@ -345,6 +346,7 @@ def expand_rows(columns: Tensor, row_pointers: Tensor, rows: int, cols: int) -> 
     """Invert ``compress_rows``: row and column (int64) of every stored entry; ValueError if they are corrupt."""
     check_part("row_pointers", row_pointers, torch.int32, (rows + 1,))
     check_part("columns", columns, index_dtype(cols), (columns.numel(),))
+    row_pointers, columns = row_pointers.long(), columns.long()
     counts = row_pointers.diff()
     if row_pointers[0] != 0 or row_pointers[-1] != columns.numel() or (counts < 0).any():
         raise ValueError(f"packed.row_pointers must rise from 0 to {columns.numel()}, the number of stored columns")
@@ -353,7 +355,7 @@ def expand_rows(columns: Tensor, row_pointers: Tensor, rows: int, cols: int) -> 
         raise ValueError(f"packed.columns must be from 0 to {cols - 1}")
     if ((row.diff() == 0) & (columns.diff() <= 0)).any():
         raise ValueError("packed.columns must rise strictly within each row")
-    return row, columns.long()
+    return row, columns
 
 
 def stored_bytes(packed: NamedTuple) -> int:

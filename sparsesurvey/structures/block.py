@@ -35,7 +35,7 @@ from sparsesurvey.structure import (
     compress_rows, expand_rows, index_dtype, tiles, top, untile,
 )
 from sparsesurvey.structures.unstructured import (
-    PackedCSR, check_library, scipy_product, scipy_sparse, torch_csr, torch_product,
+    PackedCSR, check_library, compressed, scipy_product, scipy_sparse, torch_csr, torch_product,
 )
 
 WIDE = 32  # blocks of at least this many rows and columns are multiplied where they are, smaller ones gathered
@@ -179,8 +179,7 @@ def torch_bsr(packed: PackedBSR) -> Tensor:
     check_library(packed.values)
     if packed.values.shape[1] != packed.values.shape[2]:
         raise Unavailable("needs square blocks")
-    index = packed.row_pointers.int(), packed.columns.int()
-    return torch.sparse_bsr_tensor(*index, packed.values.detach(), packed.shape, check_invariants=False)
+    return compressed(torch.sparse_bsr_tensor, packed)
 
 
 class Panel(NamedTuple):

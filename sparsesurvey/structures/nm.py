@@ -96,8 +96,8 @@ class NM(Pattern):
         return ceil(inn // self.m * self.code_bits / 8)
 
     def pack(self, weight: Tensor) -> PackedNM:
-        out, inn = weight.shape if weight.dim() == 2 else (0, 0)
         kept = self.stored(weight)
+        out, inn = self.check_shape(weight.shape)
         return PackedNM(weight[kept].view(out, inn // self.m, self.n), self.encode(kept), (out, inn))
 
     def encode(self, kept: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class NM(Pattern):
             return torch.empty(out, 0, dtype=torch.uint8, device=kept.device)
         if not self.position_bits:
             return pack_bits(kept, 1)
-        positions = kept.view(-1, self.m).nonzero()[:, 1]
+        positions = kept.reshape(-1, self.m).nonzero()[:, 1]
         return pack_bits(positions.view(out, -1), self.position_bits)
 
     def decode(self, packed: PackedNM) -> Tensor:

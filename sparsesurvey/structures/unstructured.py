@@ -13,6 +13,8 @@ tensor([5., 4., 2., 3.])
 ([0, 3, 1, 3], [0, 2, 4])
 """
 
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -130,8 +132,15 @@ def check_library(values: Tensor) -> None:
 def torch_csr(packed: PackedCSR) -> Tensor:
     """The weight as a tensor of torch's CSR layout."""
     check_library(packed.values)
+    return compressed(torch.sparse_csr_tensor, packed)
+
+
+def compressed(layout: Callable[..., Tensor], packed: Any) -> Tensor:
+    """A tensor of one of torch's compressed layouts, with the int32 index that MKL takes as it is."""
     index = packed.row_pointers.int(), packed.columns.int()
-    return torch.sparse_csr_tensor(*index, packed.values.detach(), packed.shape, check_invariants=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse .* tensor support is in beta state")
+        return layout(*index, packed.values.detach(), packed.shape, check_invariants=False)
 
 
 def torch_product(name: str, matrix: Tensor) -> Plan:
