@@ -74,8 +74,8 @@ def test_record_elsewhere_takes_the_run_that_is_kept(language, folders, monkeypa
 
 def test_changed_code_or_settings_is_another_run(language):
     job = Job(NM(2, 4), 0, language, "markov", CONFIG, Static())
-    changes = [{"code": "0" * 12}, {"config": TrainConfig()}, {"seed": 1}, {"model": "bytes"}, {"recipe": Static(scale_lr=True)},
-               {"structure": Block(8, 8)}, {"structure": None}]
+    changes = [{"code": "0" * 12}, {"config": TrainConfig()}, {"seed": 1}, {"model": "bytes"},
+               {"recipe": Static(scale_lr=True)}, {"structure": Block(8, 8)}, {"structure": None}]
     others = [replace(job, **change) for change in changes]
     assert len({each.folder for each in [job, *others]}) == len(others) + 1
 
@@ -125,8 +125,10 @@ def test_processes_end_with_the_one_that_started_them(folders):
     """A notebook's kernel that is killed leaves nobody training, and what was trained is kept."""
     deadline = time.monotonic() + 120
     with script(folders, steps=1_000_000) as started:
-        while len(found := list((folders / "runs").glob("*/checkpoint.safetensors"))) < 2 and time.monotonic() < deadline:
+        found = []
+        while len(found) < 2 and time.monotonic() < deadline:
             time.sleep(0.1)
+            found = list((folders / "runs").glob("*/checkpoint.safetensors"))
         started.kill()
     assert len(found) == 2
     for path in found:

@@ -6,7 +6,8 @@ from transformers import MistralForCausalLM
 
 from sparsesurvey.mistral import PARTS, SHAPES, build, config, flops, parameters, projections, weight_bytes
 
-SIZES = {"7b": 7_241_732_096, "162m": 162_417_408, "5m": 4_984_064, "1m": 1_017_216, "bytes": 357_024, "markov": 108_864}
+SIZES = {"7b": 7_241_732_096, "162m": 162_417_408, "5m": 4_984_064, "1m": 1_017_216, "bytes": 357_024,
+         "markov": 108_864}
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -61,8 +62,9 @@ def test_initial_scale_follows_the_width():
     model = build("bytes")
     gate, down = (projections(model, (part,)) for part in ("gate_proj", "down_proj"))
     std = 0.02 * (768 / 96) ** 0.5
-    assert torch.cat([layer.weight.flatten() for layer in gate.values()]).std().item() == pytest.approx(std, rel=0.02)
-    assert torch.cat([layer.weight.flatten() for layer in down.values()]).std().item() == pytest.approx(std / 6**0.5, rel=0.02)
+    for layers, expected in ((gate, std), (down, std / 6**0.5)):
+        weights = torch.cat([layer.weight.flatten() for layer in layers.values()])
+        assert weights.std().item() == pytest.approx(expected, rel=0.02)
     assert (model.model.norm.weight == 1).all()
 
 

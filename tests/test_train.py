@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from sparsesurvey import checkpoint
 from sparsesurvey.checkpoint import BadCheckpoint
-from sparsesurvey.data import markov
+from sparsesurvey.data import batch, markov, windows
 from sparsesurvey.linear import densities, sparse_layers, sparsify
 from sparsesurvey.mistral import build
 from sparsesurvey.recipes import Recipe, Static
+from sparsesurvey.structure import PRODUCTS
 from sparsesurvey.structures import NM, VNM, Block, Unstructured, all_structures
 from sparsesurvey.train import Diverged, TrainConfig, evaluate, learning_rate, optimizers, train
 
@@ -75,7 +76,8 @@ def test_mask_holds_at_the_end(language, structure, optimizer):
 
 @pytest.mark.parametrize("structure", [NM(2, 4), VNM(16, 2, 8), Block(8, 8, 0.5), Unstructured(0.5)], ids=str)
 def test_real_kernels_train_like_masks(language, structure):
-    names = {"reference"} | ({"gather"} & set.intersection(*(set(structure.kernels(p)) for p in ("spmm", "spmmt", "sddmm"))))
+    able = set.intersection(*(set(structure.kernels(product)) for product in PRODUCTS))
+    names = {"reference"} | ({"gather"} & able)
     masked = model(structure)
     expected = train(masked, language, SHORT, progress=False)
     for name in names:
@@ -101,8 +103,6 @@ def test_training_is_reproducible_and_leaves_the_global_generator_alone(language
 
 
 def test_evaluation_changes_nothing(language):
-    from sparsesurvey.data import windows
-
     here = model()
     before = {name: tensor.clone() for name, tensor in here.state_dict().items()}
     x, y = windows(language.valid, 7, 16)
@@ -119,7 +119,8 @@ def test_decay_is_on_matrices_only():
     assert {p.dim() for p, value in decay.items() if value} == {2}
     assert {p.dim() for p, value in decay.items() if not value} == {1}
     [adamw] = optimizers(model(Unstructured(0.5), kernel="reference"), SHORT)
-    assert any(p.dim() == 1 and p.numel() == 6144 for group in adamw.param_groups if group["weight_decay"] for p in group["params"])
+    decayed = [p for group in adamw.param_groups if group["weight_decay"] for p in group["params"]]
+    assert any(p.dim() == 1 and p.numel() == 6144 for p in decayed)  # packed values are a matrix as well
 
 
 def test_muon_takes_the_hidden_matrices():
@@ -143,7 +144,8 @@ def test_recipe_scales_the_learning_rate():
 def test_schedules():
     wsd = TrainConfig(steps=100, warmup=10, schedule="wsd", cooldown=0.3)
     rates = [learning_rate(wsd, step) for step in range(100)]
-    assert rates[0] == 0.1 and rates[9:70] == [1.0] * 61 and rates[85] == pytest.approx(0.5) and rates[99] == pytest.approx(1 / 30)
+    assert rates[0] == 0.1 and rates[9:70] == [1.0] * 61
+    assert rates[85] == pytest.approx(0.5) and rates[99] == pytest.approx(1 / 30)
     cosine = [learning_rate(replace(wsd, schedule="cosine", final_lr=0.1), step) for step in range(101)]
     assert cosine[10] == 1 and cosine[55] == pytest.approx(0.55) and cosine[100] == pytest.approx(0.1)
     assert all(later <= earlier for earlier, later in zip(cosine[10:], cosine[11:]))
@@ -155,46 +157,26 @@ class Stopped(Exception):
     pass
 
 
-@dataclass(frozen=True)
-class StopAt(Static):
-    """A mask like ``Static``'s, and an end in mid-run."""
-
-    stop: int = 0
-
-    def update_mask(self, layer, step):
-        super().update_mask(layer, step)
-        if step == self.stop:
-            raise Stopped
-
-
 @pytest.mark.parametrize("optimizer, kernel", [("adamw", "masked"), ("muon", "masked"), ("adamw", "reference")])
-def test_resumed_run_equals_an_uninterrupted_one(language, tmp_path, optimizer, kernel):
+def test_resumed_run_equals_an_uninterrupted_one(language, tmp_path, monkeypatch, optimizer, kernel):
     config = replace(SHORT, optimizer=optimizer)
     whole = model(kernel=kernel)
     expected = train(whole, language, config, progress=False)
-    stopped = model(recipe=StopAt(stop=8), kernel="masked") if kernel == "masked" else None
-    if stopped:
-        with pytest.raises(Stopped):
-            train(stopped, language, config, tmp_path, progress=False)
-    else:
+
+    def stop_at_8(array, step, *rest):
+        if step == 8:
+            raise Stopped
+        return batch(array, step, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr("sparsesurvey.train.batch", stop_at_8)
         train(model(kernel=kernel), language, config, tmp_path, progress=False)
-        rewind(tmp_path / "checkpoint.safetensors", language, config, kernel)
     assert checkpoint.load(tmp_path / "checkpoint.safetensors")[1]["step"] == 5
     again = model(kernel=kernel, seed=7)  # other weights and masks: all that counts is in the checkpoint
     history = train(again, language, config, tmp_path, progress=False)
     assert same(again, whole)
     assert (history.train, history.valid) == (expected.train, expected.valid)
     assert history.seconds > 0
-
-
-def rewind(path, language, config, kernel):
-    """Leave the checkpoint of step 5: what a run stopped between steps 5 and 10 has."""
-    path.unlink()
-    original, checkpoint.save = checkpoint.save, lambda to, tensors, about: about["step"] == 5 and original(to, tensors, about)
-    try:
-        train(model(kernel=kernel), language, config, path.parent, progress=False)
-    finally:
-        checkpoint.save = original
 
 
 SCRIPT = """
@@ -282,7 +264,7 @@ def foreign(path):
 ])
 def test_damaged_checkpoint(language, saved, damage, message):
     damage(saved)
-    with pytest.raises(BadCheckpoint, match=f"checkpoint {saved} .*{message}.*allowed: a file written by sparsesurvey.train"):
+    with pytest.raises(BadCheckpoint, match=f"checkpoint {saved} .*{message}.*allowed: a file written by"):
         train(model(), language, SHORT, saved.parent, progress=False)
 
 
@@ -300,7 +282,7 @@ def test_checkpoint_of_another_run(language, saved, make, changes, message):
 def test_checkpoint_of_another_corpus_or_shape(language, saved):
     with pytest.raises(BadCheckpoint, match="its corpus has digest"):
         train(model(), markov(length=1 << 14, valid=1 << 12, seed=1), SHORT, saved.parent, progress=False)
-    with pytest.raises(BadCheckpoint, match=r"is of another model: it has float32 \[32, 64\] for .*, not float32 \[256, 96\]"):
+    with pytest.raises(BadCheckpoint, match=r"model: it has float32 \[32, 64\] for .*, not float32 \[256, 96\]"):
         checkpoint.load_model(saved, build("bytes"))
     with pytest.raises(FileNotFoundError, match="none does not exist"):
         checkpoint.load(saved.parent / "none")
@@ -325,7 +307,7 @@ class Poison(Recipe):
 
 
 def test_not_a_number_stops_and_keeps_the_last_checkpoint(language, tmp_path):
-    with pytest.raises(Diverged, match=r"loss is nan in step 8 of 12, learning rate .*; the checkpoint of step 5 is kept in "):
+    with pytest.raises(Diverged, match="loss is nan in step 8 of 12, .*; the checkpoint of step 5 is kept in "):
         train(model(recipe=Poison(7)), language, SHORT, tmp_path, progress=False)
     tensors, about = checkpoint.load(tmp_path / "checkpoint.safetensors")
     assert about["step"] == 5 and all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
@@ -355,10 +337,11 @@ def test_corpus_shorter_than_a_batch():
 
 @pytest.mark.parametrize("name, value, allowed", [
     ("steps", 0, "an integer of at least 1"), ("batch", 2.5, "an integer"), ("lr", -1.0, "a number above 0"),
-    ("lr", float("nan"), "a number above 0"), ("clip", True, "a number above 0"), ("warmup", 500, "an integer from 0 to 320"),
-    ("schedule", "linear", "one of cosine, wsd"), ("optimizer", "sgd", "one of adamw, muon"), ("cooldown", 2, "from 0 to 1"),
-    ("precision", "float16", "one of float32, bfloat16"), ("weight_decay", -0.1, "at least 0"), ("seed", -1, "at least 0"),
+    ("lr", float("nan"), "a number above 0"), ("clip", True, "a number above 0"),
+    ("warmup", 500, "an integer from 0 to 320"), ("schedule", "linear", "one of cosine, wsd"),
+    ("optimizer", "sgd", "one of adamw, muon"), ("cooldown", 2, "from 0 to 1"), ("weight_decay", -0.1, "at least 0"),
+    ("precision", "float16", "one of float32, bfloat16"), ("seed", -1, "at least 0"),
 ])
 def test_bad_configuration(name, value, allowed):
-    with pytest.raises(ValueError, match=f"{name} must be .*{allowed}.*, got {value}|{name} must be .*{allowed}.*, got '{value}'"):
+    with pytest.raises(ValueError, match=f"{name} must be .*{allowed}.*, got {value!r}"):
         TrainConfig(**{name: value})
