@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import ceil, prod
+from math import ceil, log2, prod
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +54,7 @@ class Cost:
 class Facts(NamedTuple):
     """What a structure's author knows of it beside its definition, for bounds and for the explorer's words.
 
+    ``verdict`` in a few words, ``hardware`` in a few sentences: can tensor cores use the structure?
     ``arithmetic``: share of a dense product's arithmetic that tensor cores with 2:4 support must still do; None if
     not known. It is for a bound; what is only an estimate is told in ``hardware``, in words. ``positions``: bits a
     weight that any code of the kept positions needs on average; None if not known. ``kept``, ``column``, ``pruned``:
@@ -61,6 +62,7 @@ class Facts(NamedTuple):
     fills in (see ``explain`` in explorer.js).
     """
 
+    verdict: str
     hardware: str
     arithmetic: float | None = None
     positions: float | None = None
@@ -125,8 +127,8 @@ class Structure(ABC):
 
     def facts(self) -> Facts:
         """What hardware can make of this structure, and how a reader is told why a weight is kept."""
-        return Facts(f"Nothing is on record here of how hardware multiplies {self}: bounds assume that all arithmetic "
-                     "saved is time saved.")
+        return Facts("not known", f"Nothing is on record here of how hardware multiplies {self}: bounds assume that all "
+                     "arithmetic saved is time saved.")
 
     def kernels(self, product: str = "spmm") -> dict[str, Callable[[Any], Plan]]:
         """Every kernel of this structure for one of ``PRODUCTS``, by name: ``{"reference": ..., "gather": ...}``.
@@ -189,7 +191,7 @@ class Pattern(Structure):
         """Mask of what ``pack`` stores: the non-zeros of a member and, up to ``nnz`` of them, zeros that fit."""
         self.check_member(weight)
         kept = weight != 0
-        return kept if int(kept.sum()) == self.nnz(weight.shape) else self.mask(kept.float())
+        return kept if int(kept.count_nonzero()) == self.nnz(weight.shape) else self.mask(kept.float())
 
     def check_member(self, weight: Tensor) -> Tensor:
         """Return the finite float weight ``[out, in]``, or raise ValueError where it breaks the pattern."""
@@ -236,7 +238,7 @@ def check_weight(weight: Tensor, name: str = "weight") -> None:
         raise ValueError(f"{name} must be a matrix [out, in], got {describe(weight)}")
     if not weight.is_floating_point():
         raise ValueError(f"{name} must be floating point, got {weight.dtype}")
-    if not weight.isfinite().all():
+    if weight.numel() and not torch.stack(weight.aminmax()).isfinite().all():  # the extremes: one pass, NaN wins
         bad = int((~weight.isfinite()).sum())
         raise ValueError(f"{name} must be finite, got {bad} NaN or infinite of {weight.numel()} entries")
 
@@ -306,6 +308,11 @@ def top(scores: Tensor, keep: int) -> Tensor:
     above, equal = scores > threshold, scores == threshold
     room = keep - above.sum(-1, keepdim=True)
     return above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= room))
+
+
+def entropy(share: float) -> float:
+    """Bits that one yes or no of probability ``share`` needs."""
+    return -sum(part * log2(part) for part in (share, 1 - share) if part > 0)
 
 
 def bits_for(choices: int) -> int:

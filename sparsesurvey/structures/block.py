@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 
 from sparsesurvey.structure import (
-    Pattern, Plan, Shape, Unavailable, check_activations, check_density, check_int, check_pair, check_part,
-    compress_rows, expand_rows, index_dtype, tiles, top, untile,
+    Facts, Pattern, Plan, Shape, Unavailable, check_activations, check_density, check_int, check_pair, check_part,
+    compress_rows, entropy, expand_rows, index_dtype, tiles, top, untile,
 )
 from sparsesurvey.structures.unstructured import (
     PackedCSR, check_library, compressed, scipy_product, scipy_sparse, torch_csr, torch_product,
@@ -48,6 +48,10 @@ class PackedBSR(NamedTuple):
     columns: Tensor  # [blocks], the block's column; int16 where there are at most 32768, else int32
     row_pointers: Tensor  # int32 [out / rows + 1]
     shape: Shape
+
+
+# Sparsity in % above which blocks so many rows high are expected to win with many tokens, from the traffic L2 -> SMEM.
+BREAK_EVEN = {8: (93, 95), 16: (88, 90), 32: (78, 83), 64: (58, 68), 128: (32, 47)}
 
 
 @dataclass(frozen=True)
@@ -91,8 +95,26 @@ class Block(Pattern):
     def nnz(self, shape: Shape) -> int:
         return self.blocks(shape) * self.rows * self.cols
 
+    def facts(self) -> Facts:
+        rows, cols, density = self.rows, self.cols, self.density
+        why = "block ({tile_row}, {tile_col}): {tiles_kept} of {tiles} blocks kept; this is number {rank_tile} by its Σ|w|"
+        tall = max((height for height in BREAK_EVEN if height <= rows), default=None)
+        positions, arithmetic = entropy(density) / (rows * cols), min(1.0, density * max(1.0, 8 / rows))
+        if tall is None:
+            hardware = f"An instruction takes 8 rows that share their columns; blocks {rows} high fill it only in part."
+            return Facts("blocks too low", hardware, arithmetic, positions, why, pruned=why)
+        low, high = BREAK_EVEN[tall]
+        hardware = (
+            "Dense tensor cores multiply the stored blocks and skip the rest. But an activation that is fetched serves "
+            f"only the {rows} rows of a block: with many tokens, expect a gain on an H200 above {low} to {high} % sparsity "
+            "(estimate, not in the curve)."
+        )
+        verdict = "dense tensor cores" if 100 * (1 - density) >= low else "blocks too low for this density"
+        return Facts(verdict, hardware, arithmetic, positions, why, pruned=why)
+
     def holds(self, mask: Tensor) -> bool:
-        return int(tiles(self.check_mask(mask), self.rows, self.cols).any(-1).any(-1).sum()) <= self.blocks(mask.shape)
+        kept = tiles(self.check_mask(mask), self.rows, self.cols).any(-2).any(-1)
+        return int(kept.count_nonzero()) <= self.blocks(mask.shape)
 
     def mask(self, scores: Tensor) -> Tensor:
         """The blocks with the highest sums of scores, which is optimal for the sum of all kept scores."""
@@ -106,7 +128,7 @@ class Block(Pattern):
         return self.blocks(shape) * 8 * index_dtype(across).itemsize + 32 * (down + 1)
 
     def pack(self, weight: Tensor) -> PackedBSR:
-        kept = tiles(self.stored(weight), self.rows, self.cols).any(-1).any(-1)
+        kept = tiles(self.stored(weight), self.rows, self.cols).any(-2).any(-1)
         values = tiles(weight, self.rows, self.cols)[kept]
         return PackedBSR(values, *compress_rows(kept), tuple(weight.shape))
 

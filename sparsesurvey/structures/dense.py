@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsesurvey.structure import Pattern, Plan, Shape, check_activations, check_pair, check_part
+from sparsesurvey.structure import Facts, Pattern, Plan, Shape, check_activations, check_pair, check_part
 
 
 class PackedDense(NamedTuple):
@@ -27,6 +27,9 @@ class Dense(Pattern):
     @property
     def density(self) -> float:
         return 1.0
+
+    def facts(self) -> Facts:
+        return Facts("baseline", "Dense tensor cores.", 1.0, 0.0, "dense: nothing is pruned")
 
     def holds(self, mask: Tensor) -> bool:
         return self.check_mask(mask).dim() == 2

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from sparsesurvey.structure import (
-    Pattern, Plan, Shape, Unavailable, check_activations, check_density, check_pair, check_part, compress_rows,
-    expand_rows, index_dtype, top,
+    Facts, Pattern, Plan, Shape, Unavailable, check_activations, check_density, check_pair, check_part, compress_rows,
+    entropy, expand_rows, index_dtype, top,
 )
 
 TOKENS = 64  # multiplied at a time by tiled_product
@@ -41,6 +41,13 @@ class PackedCSR(NamedTuple):
         order = column.argsort(stable=True)
         pointers = torch.nn.functional.pad(column.bincount(minlength=self.shape[1]).cumsum(0), (1, 0)).int()
         return PackedCSR(self.values[order], row[order].to(index_dtype(self.shape[0])), pointers, self.shape[::-1])
+
+
+NO_PATH = "no tensor-core path"
+WHY_NOT = (
+    "Tensor cores cannot skip these zeros: with them the product costs a dense product's arithmetic. Only bytes can be "
+    "saved, which helps while reading the weight is the limit (on an H200 up to about 200 tokens)."
+)
 
 
 @dataclass(frozen=True)
@@ -62,8 +69,13 @@ class Unstructured(Pattern):
     def variants(cls) -> tuple["Unstructured", ...]:
         return cls(0.5), cls(0.25), cls(0.1), cls(0.05), cls(0.01)
 
+    def facts(self) -> Facts:
+        why = "number {rank_all} of {total} by magnitude; the first {kept_all} are kept, wherever they are"
+        slow = " Ordinary CUDA cores can skip, but so slowly that it pays only above about 96 % sparsity (estimate)."
+        return Facts(NO_PATH, WHY_NOT + slow, 1.0, entropy(self.density), why, pruned=why)
+
     def holds(self, mask: Tensor) -> bool:
-        return int(self.check_mask(mask).sum()) <= round(self.density * mask.numel())
+        return int(self.check_mask(mask).count_nonzero()) <= round(self.density * mask.numel())
 
     def mask(self, scores: Tensor) -> Tensor:
         """The highest scores of the whole matrix, which is optimal."""

@@ -18,16 +18,17 @@ tensor([[[9., 8.]],
 """
 
 from dataclasses import dataclass
+from math import comb, log2
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparsesurvey.structure import (
-    Pattern, Plan, Shape, check_int, check_order, check_part, index_dtype, tiles, top, untile,
+    Facts, Pattern, Plan, Shape, check_int, check_order, check_part, index_dtype, tiles, top, untile,
 )
 from sparsesurvey.structures.block import Block, PackedBSR
-from sparsesurvey.structures.nm import NM, PackedNM
+from sparsesurvey.structures.nm import NM, PackedNM, tensor_cores
 
 COLUMNS = 4  # of every tile; the sparse tensor cores then want 2 of these 4 in each row
 
@@ -75,9 +76,44 @@ class VNM(Pattern):
         """The structure of the compacted matrix."""
         return NM(self.n, COLUMNS)
 
+    def facts(self) -> Facts:
+        v, n, m = self.v, self.n, self.m
+        where = "{rows}-row tile ({tile_row}, {tile_col}): column {col} is "
+        why = where + "one of the {cols_kept} of {cols} kept; in this row {row_kept} of those {cols_kept} stay, and this " \
+            "is number {rank_cols} of them by magnitude"
+        gone = where + "none of the {cols_kept} of {cols} that the tile keeps"
+        positions = (log2(comb(m, 4)) + v * log2(comb(4, n))) / (v * m)
+        if m == 4:  # every column is kept: nothing to gather
+            return Facts(*tensor_cores(n, m), positions, why, gone, why)
+        sparse = n <= 2  # at most 2 of the 4: what is left is a 2:4 product
+        rows = 16 if sparse else 8  # of weights that one instruction multiplies
+        gathered = 4 / m * (0.5 if sparse else 1.0) * max(1.0, rows / v)
+        verdict, hardware, plain = tensor_cores(n, m)
+        if plain < gathered:
+            hardware = f"Tiles of {v} rows are too low to gather their columns. {hardware}"
+            return Facts(verdict, hardware, plain, positions, why, gone, why)
+        inside = "sparse tensor cores halve what is left" if sparse else "dense tensor cores multiply them"
+        verdict = f"gathered, then {'sparse' if sparse else 'dense'} tensor cores"
+        hardware = f"The 4 kept columns of every tile are gathered, which leaves 4/{m} of the arithmetic; {inside}."
+        if v < rows:
+            hardware += f" But an instruction takes {rows} rows that share their columns, and {v} fill it only in part."
+        limit = 30 * v / 790 * m / 4  # an activation read from shared memory, 30 TB/s, serves v rows; dense has 790 TFLOP/s
+        if limit < 1 / gathered:
+            verdict = "tiles too low" if limit < 1 else verdict
+            hardware += (
+                f" A gathered activation serves {v} rows only: the shared memory of an H200 limits this product to about "
+                f"{limit:.1f} times dense (estimate, not in the curve)."
+            )
+        if sparse and v >= 32:
+            hardware += (
+                " The public kernel, Spatha, is made for Ampere and took 128:2:8 to 2.9 to 3.9 times dense on an RTX 3090; "
+                "none is made for Hopper."
+            )
+        return Facts(verdict, hardware, min(1.0, gathered), positions, why, gone, why)
+
     def holds(self, mask: Tensor) -> bool:
         tiled = tiles(self.check_mask(mask), self.v, self.m)
-        return bool((tiled.any(-2).sum(-1) <= COLUMNS).all() and (tiled.sum(-1) <= self.n).all())
+        return bool((tiled.any(-2).sum(-1) <= COLUMNS).all() and (tiled.sum(-1, dtype=torch.int16) <= self.n).all())
 
     def mask(self, scores: Tensor) -> Tensor:
         """VENOM's cheap choice: the 4 columns with the highest sums of scores, then the n highest in each row.
