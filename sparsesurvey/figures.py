@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparsesurvey.measure import Timing
 from sparsesurvey.records import Measurement
+from sparsesurvey.roofline import Roofline
 from sparsesurvey.structure import Shape, Structure
 
 # Okabe and Ito's palette: told apart by readers with any colour vision.
@@ -147,23 +148,26 @@ def shares(table: pd.DataFrame, unit: str, highlight: Sequence[str] = (), ax: Ax
     return ax
 
 
-def bounds(structures: Sequence[Structure], shape: Shape, roofline, itemsize: int = 2, ax: Axes | None = None) -> Axes:
-    """Roofline bound on the speed-up over dense against the number of tokens, if all arithmetic saved were time saved."""
+def bounds(structures: Sequence[Structure], shape: Shape, roofline: Roofline, itemsize: int = 2, ax: Axes | None = None) -> Axes:
+    """Roofline bound on the speed-up over dense against tokens: solid with the arithmetic that tensor cores must still do,
+    dashed (where that differs) as if all arithmetic saved were time saved.
+    """
     ax = ax or plt.figure().add_subplot()
-    tokens = np.unique(np.logspace(0, 15, 61, base=2).round().astype(int))
-    size = shape[0] * shape[1]
+    tokens = np.unique(np.logspace(0, 15, 61, base=2).round().astype(int)).tolist()
     for structure in structures:
-        gains = []
-        for count in tokens.tolist():
-            sparse = structure.cost(shape, count, itemsize)
-            dense = type(sparse)(2 * count * size, size * itemsize, sparse.io_bytes)
-            gains.append(roofline.bound(dense) / roofline.bound(sparse))
-        ax.plot(tokens, gains, color=colour(str(structure)), label=str(structure))
-        ax.annotate(str(structure), (tokens[-1], gains[-1]), xytext=(4, 0), textcoords="offset points", va="center",
-                    fontsize=8, color=colour(str(structure)))
-    ax.axhline(1, color=COLOURS["dense"], linewidth=1, linestyle=":")
-    ax.set(xscale="log", xlabel="tokens", ylabel="bound on speed-up over dense", title=f"bound, not a measurement: {roofline.source}")
+        tint = colour(str(structure))
+        usable, ideal = ([roofline.over_dense(structure, shape, count, itemsize, ideal=ideal) for count in tokens]
+                         for ideal in (False, True))
+        if not np.allclose(usable, ideal):
+            ax.plot(tokens, ideal, color=tint, linestyle="--", linewidth=0.8, alpha=0.7)
+        ax.plot(tokens, usable, color=tint)
+        ax.annotate(str(structure), (tokens[-1], usable[-1]), xytext=(4, 0), textcoords="offset points", va="center",
+                    fontsize=8, color=tint)
+    ax.set(xlabel="tokens", ylabel="bound on speed-up over dense", title=f"a bound, not a measurement: {roofline.source}")
     ax.set_xscale("log", base=2)
+    ax.set_yscale("log", base=2)
+    ax.yaxis.set_major_formatter(lambda ratio, _: f"{ratio:g}x")
+    ax.title.set_fontsize(8)
     return ax
 
 
@@ -236,6 +240,9 @@ def curves(rows: Iterable[Measurement], floor: float | None = None, ax: Axes | N
     """
     ax = ax or plt.figure(figsize=(7.2, 3.8)).add_subplot()
     rows = list(rows)
+    if not rows:
+        ax.text(0.5, 0.5, "no run is recorded yet", ha="center", color="#555555")
+        return ax
     for name, style_ in _dashes(rows).items():
         mine = pd.DataFrame([{"tokens": row.at["tokens"], "seed": row.at["seed"], "loss": row.value}
                              for row in rows if row.structure == name])

@@ -1,6 +1,6 @@
 """Rooflines (Williams et al. 2009): what no product can beat on a machine, from measured rows or from a datasheet.
 
->>> from sparsesurvey.structure import Cost
+>>> from sparsesurvey.structure import Cost, Shape, Structure
 >>> dense = Cost(flops=989 * 10**9, weight_bytes=0, io_bytes=1)
 >>> sparse = Cost(flops=989 * 10**8, weight_bytes=0, io_bytes=1)
 >>> H200.bound(dense), round(H200.speedup(sparse, dense), 3)  # seconds, and how many times faster
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import isfinite
 
 from sparsesurvey.records import Measurement
-from sparsesurvey.structure import Cost
+from sparsesurvey.structure import Cost, Shape, Structure
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,17 @@ class Roofline:
     def speedup(self, cost: Cost, dense: Cost) -> float:
         """How many times faster than dense the structure's bound is."""
         return self.bound(dense) / self.bound(cost)
+
+    def over_dense(self, structure: Structure, shape: Shape, tokens: int, itemsize: int = 2, *, ideal: bool = False) -> float:
+        """Bound on the speed-up of ``y = x @ W.T`` over dense, with the arithmetic that ``structure.facts()`` knows of.
+
+        Where nothing is known, and always with ``ideal``, as if all the arithmetic saved were time saved.
+        """
+        least, size = structure.cost(shape, tokens, itemsize), shape[0] * shape[1]
+        dense = Cost(2 * tokens * size, size * itemsize, least.io_bytes)
+        share = structure.facts().arithmetic
+        work = least.flops if ideal or share is None else max(least.flops, round(share * dense.flops))
+        return self.speedup(Cost(work, least.weight_bytes, least.io_bytes), dense)
 
     @classmethod
     def measured(cls, rows: Iterable[Measurement]) -> "Roofline":

@@ -33,7 +33,7 @@ def definition(structures: Iterable[Pattern], shape: Shape = (4096, 14336), item
 def permitted(structures: Iterable[Pattern], roofline: Roofline, tokens: Sequence[int] = (1, 8192), shape: Shape = (4096, 14336),
               itemsize: int = 2) -> pd.DataFrame:
     """Bound on the speed-up over dense for few and for many tokens, with the arithmetic that tensor cores must still do."""
-    lines = [{"structure": str(item), **{f"bound, {count} token{'s' * (count > 1)}": figures.bound(item, shape, count, roofline, itemsize)
+    lines = [{"structure": str(item), **{f"bound, {count} token{'s' * (count > 1)}": roofline.over_dense(item, shape, count, itemsize)
                                          for count in tokens}} for item in structures]
     return pd.DataFrame(lines).set_index("structure")
 

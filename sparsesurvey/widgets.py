@@ -2,18 +2,17 @@
 
 ``PatternExplorer`` takes a list of pattern instances, masks a small weight with each of them, and hands the front end
 (``explorer.js``) bytes and one table: masks, what they keep, what they store, and a roofline bound on their speed-up.
-What the hardware can make of each structure is in ``hardware.FACTS``, by class name; the front end knows no structure.
+What the hardware can make of each structure it says itself, in ``facts``; the front end knows no structure.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from itertools import product
 from pathlib import Path
 from textwrap import fill
-from typing import Any
 
 import anywidget
 import matplotlib.pyplot as plt
@@ -23,10 +22,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from sparsesurvey import figures
-from sparsesurvey.hardware import FACTS, H200, Fact, Gpu, unknown
 from sparsesurvey.pruning import best_kept, channel_scaled, gaussian, kept
+from sparsesurvey.roofline import H200, Roofline
 from sparsesurvey.scores import magnitude
-from sparsesurvey.structure import Cost, Pattern, Shape, check_weight
+from sparsesurvey.structure import Pattern, Shape, check_weight
 
 HERE = Path(__file__).parent
 SHAPE = (64, 64)  # of the weight that is drawn
@@ -90,28 +89,13 @@ def _fits(structure: Pattern, shape: Shape) -> bool:
     return abs(reached - structure.density) <= 0.1 * structure.density
 
 
-def bound(
-    structure: Pattern, tokens: int, shape: Shape = MATRIX, gpu: Gpu = H200, arithmetic: float | None = None
-) -> float:
-    """Roofline bound on the speed-up over dense of ``y = x @ W.T`` in bf16, from a datasheet.
-
-    As if all the arithmetic saved were time saved; or, with ``arithmetic``, that share of the dense product's.
-    """
-    out, inn = shape
-    least = structure.cost(shape, tokens, BF16)
-    dense = Cost(2 * tokens * out * inn, out * inn * BF16, least.io_bytes)
-    work = least.flops if arithmetic is None else max(least.flops, arithmetic * dense.flops)
-    rate = gpu.flops, gpu.bytes_per_second
-    return dense.seconds(*rate) / Cost(work, least.weight_bytes, least.io_bytes).seconds(*rate)
-
-
 class PatternExplorer(anywidget.AnyWidget):
     """Choose a pattern and see its mask, what it keeps, its bytes and its bound on speed.
 
     ``structures``: the patterns to choose from (see ``grids``); each must divide the weights and ``matrix``.
     ``weights``: name to a float weight ``[out, in]`` of at most 128 x 128, all of one shape; masks are by magnitude.
-    ``pins``: patterns that are in the comparison table from the start. ``facts``: see ``FACTS``; a class that is not
-    in it is shown without a hardware curve. Python may read and set ``structure``, ``index``, ``kind`` and ``pins``.
+    ``pins``: patterns that are in the comparison table from the start. A structure that states no ``facts`` is shown
+    without a hardware curve. Python may read and set ``structure``, ``index``, ``kind`` and ``pins``.
     """
 
     _esm = HERE / "explorer.js"
@@ -125,12 +109,11 @@ class PatternExplorer(anywidget.AnyWidget):
 
     def __init__(
         self, structures: Sequence[Pattern], weights: Mapping[str, Tensor] | None = None, *,
-        pins: Sequence[Pattern] = (), matrix: Shape = MATRIX, gpu: Gpu = H200,
-        facts: Mapping[str, Callable[[Any], Fact]] = FACTS,
+        pins: Sequence[Pattern] = (), matrix: Shape = MATRIX, gpu: Roofline = H200,
     ) -> None:
         self.weights = _check_weights(sample_weights() if weights is None else weights)
         self.structures = _check_structures(structures, next(iter(self.weights.values())).shape, matrix)
-        self.matrix, self.gpu, self.facts = matrix, gpu, facts
+        self.matrix, self.gpu = matrix, gpu
         scores = [magnitude(weight) for weight in self.weights.values()]
         self._masks = [[pattern.mask(score) for score in scores] for pattern in self.structures]
         bits = np.array([[mask.flatten().numpy() for mask in masks] for masks in self._masks])
@@ -206,36 +189,35 @@ class PatternExplorer(anywidget.AnyWidget):
                     for kind in classes]
         configs, notes, curves = [], [], []
         for pattern, masks in zip(self.structures, self._masks):
-            fact = self.facts.get(type(pattern).__name__, unknown)(pattern)
+            fact = pattern.facts()
             family = classes.index(type(pattern))
             at = _at(pattern, self.structures)
             words = [fact.verdict, fact.hardware, fact.kept, fact.column, fact.pruned]
             notes.extend(word for word in words if word not in notes)
-            numbers = self._numbers(pattern, masks, fact)
+            numbers = self._numbers(pattern, masks)
             for name in ("ideal", "usable"):  # many patterns share a curve
                 curves.extend([numbers[name]] if numbers[name] and numbers[name] not in curves else [])
                 numbers[name] = curves.index(numbers[name]) if numbers[name] else None
             places = [notes.index(word) for word in words]
             configs.append({**numbers, "family": family, "at": at, "words": places})
         shape = next(iter(self.weights.values())).shape
-        return {"shape": list(shape), "kinds": list(self.weights), "tokens": list(TOKENS), "gpu": self.gpu._asdict(),
+        return {"shape": list(shape), "kinds": list(self.weights), "tokens": list(TOKENS), "gpu": {"name": self.gpu.machine, "source": self.gpu.source},
                 "matrix": list(self.matrix), "families": families, "configs": configs, "notes": notes, "curves": curves}
 
-    def _numbers(self, pattern: Pattern, masks: Sequence[Tensor], fact: Fact) -> dict:
-        numbers = describe(pattern, list(zip(self.weights.values(), masks)), self.matrix, self.gpu, fact)
+    def _numbers(self, pattern: Pattern, masks: Sequence[Tensor]) -> dict:
+        numbers = describe(pattern, list(zip(self.weights.values(), masks)), self.matrix, self.gpu)
         return {"name": str(pattern), "colour": figures.colour(str(pattern)), "tile": list(pattern.tile), **numbers}
 
 
 def describe(
-    pattern: Pattern, pairs: Sequence[tuple[Tensor, Tensor]], matrix: Shape = MATRIX, gpu: Gpu = H200,
-    fact: Fact | None = None,
+    pattern: Pattern, pairs: Sequence[tuple[Tensor, Tensor]], matrix: Shape = MATRIX, gpu: Roofline = H200,
 ) -> dict:
     """The numbers of one pattern: for each (weight, mask) what is kept, then bytes and bounds on ``matrix`` in bf16.
 
     ``kept``: density, magnitude, energy, best magnitude and best energy at that density. ``bits``: value bits, index
     bits and least position bits (or None) a weight. ``ideal``, ``usable``: bounds at ``TOKENS``, the latter or None.
     """
-    fact = fact or unknown(pattern)
+    fact = pattern.facts()
     size = matrix[0] * matrix[1]
     shares = []
     for weight, mask in pairs:
@@ -243,9 +225,9 @@ def describe(
         best = best_kept(weight, here.density)
         shares.append([_short(share) for share in (*here, best.magnitude, best.energy)])
     bits = [8 * BF16 * pattern.nnz(matrix) / size, pattern.index_bits(matrix) / size, fact.positions]
-    curve = [_short(bound(pattern, tokens, matrix, gpu)) for tokens in TOKENS]
+    curve = [_short(gpu.over_dense(pattern, matrix, tokens, BF16, ideal=True)) for tokens in TOKENS]
     usable = None if fact.arithmetic is None else [
-        _short(bound(pattern, tokens, matrix, gpu, arithmetic=fact.arithmetic)) for tokens in TOKENS]
+        _short(gpu.over_dense(pattern, matrix, tokens, BF16)) for tokens in TOKENS]
     return {"kept": shares, "bits": [_short(number) for number in bits], "ideal": curve, "usable": usable}
 
 
