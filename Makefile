@@ -71,10 +71,10 @@ lock:
 .PHONY: vendor
 vendor:
 	rm -rf $(VENDOR)
-	mkdir -p $(VENDOR)/@jupyter-widgets/html-manager/dist $(VENDOR)/mathjax/output/chtml/fonts
+	mkdir -p $(VENDOR)/@jupyter-widgets/html-manager/dist $(VENDOR)/katex/fonts
 	cp node_modules/requirejs/require.js $(WIDGETS)/embed-amd.js $(VENDOR)/
 	cp node_modules/anywidget/dist/index.js $(VENDOR)/anywidget.js
 	cp $(WIDGETS)/*.woff2 $(VENDOR)/@jupyter-widgets/
 	cp $(WIDGETS)/*.woff2 $(VENDOR)/@jupyter-widgets/html-manager/dist/
-	cp node_modules/mathjax/es5/tex-mml-chtml.js $(VENDOR)/mathjax/
-	cp -r node_modules/mathjax/es5/output/chtml/fonts/woff-v2 $(VENDOR)/mathjax/output/chtml/fonts/
+	cp node_modules/katex/dist/katex.min.js node_modules/katex/dist/katex.min.css $(VENDOR)/katex/
+	cp node_modules/katex/dist/fonts/*.woff2 $(VENDOR)/katex/fonts/

@@ -124,7 +124,8 @@ def foundation(root: Path) -> str:
     locks = [path for name in ("pyproject.toml", "constraints.txt") if (path := root / name).is_file()]
     installed = sorted(f"{dist.name}=={dist.version}" for dist in metadata.distributions())
     here = [platform.python_version(), platform.machine(), str(os.cpu_count()), *installed]
-    runner = hashlib.sha256(Path(execute.__file__).read_bytes()).hexdigest()
+    driver = Path(execute.__file__).parent
+    runner = digest([driver / "execute.py", driver / "pictures.py"], driver)
     return hashlib.sha256("\n".join([digest(library + locks, root), runner, *here]).encode()).hexdigest()
 
 

@@ -19,6 +19,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from pictures import smaller
+
 STATE = "application/vnd.jupyter.widget-state+json"
 VIEW = "application/vnd.jupyter.widget-view+json"
 BAR = re.compile(r"\r|\d+%\||\d+it \[")
@@ -119,7 +121,10 @@ def is_bar(state: dict[str, Any], model: str) -> bool:
 
 
 def tidy_outputs(cell: Any, state: dict[str, Any]) -> None:
-    """Drop progress bars, and from cells tagged live-only the controls that would lie without a kernel."""
+    """Drop progress bars, and from cells tagged live-only the controls that would lie without a kernel.
+
+    Figures are made smaller.
+    """
     import nbformat
 
     kept, live = [], "live-only" in cell.metadata.get("tags", [])
@@ -140,6 +145,8 @@ def tidy_outputs(cell: Any, state: dict[str, Any]) -> None:
             for gone in models:
                 del state[gone]
             continue
+        if "image/png" in output.get("data", {}):
+            output.data["image/png"] = smaller(output.data["image/png"])
         kept.append(output)
     if live and len(kept) < len(cell.outputs):
         kept.append(nbformat.v4.new_output("display_data", data={"text/markdown": LIVE_NOTE, "text/plain": LIVE_NOTE}))

@@ -1,6 +1,9 @@
 """The driver of the book on tiny books: what fails a build, what is executed again, what a page may not show."""
 
+import base64
+import io
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -15,6 +18,8 @@ import pytest
 import yaml
 from chapters import BookError, Runner
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from PIL import Image, ImageChops
+from pictures import MOST_ERROR, smaller
 
 ROOT = Path(__file__).parent.parent
 PARAMETERS = {"device": "cpu", "preset": "default", "threads": 1}
@@ -222,6 +227,34 @@ def test_progress_bars_and_live_controls_are_not_published(book):
     assert [output.get("text") for output in found if output.output_type == "stream"] == ["kept\n"]
     assert [output.data["text/markdown"] for output in found if "data" in output] == [execute.LIVE_NOTE]
     assert "FloatProgress" not in json.dumps(executed(root, "a").metadata)
+
+
+def png(image) -> str:
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    return base64.b64encode(data.getvalue()).decode()
+
+
+def pixels(picture: str):
+    return Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGBA")
+
+
+def test_figures_get_smaller_and_look_the_same():
+    ramp = Image.linear_gradient("L").resize((400, 400))
+    soft = Image.merge("RGBA", [ramp, ramp.rotate(90), Image.new("L", ramp.size, 40), Image.new("L", ramp.size, 255)])
+    noise = Image.frombytes("L", (200, 200), random.Random(0).randbytes(40_000)).convert("RGBA")
+    for image in (noise, soft):
+        before = png(image)
+        after = smaller(before)
+        assert len(after) < len(before)
+        error = ImageChops.difference(pixels(before).convert("RGB"), pixels(after).convert("RGB"))
+        assert max(high for _, high in error.getextrema()) <= MOST_ERROR
+
+
+def test_transparent_figures_keep_every_pixel():
+    image = Image.linear_gradient("L").convert("RGBA")
+    image.putalpha(Image.radial_gradient("L"))
+    assert list(pixels(smaller(png(image))).tobytes()) == list(image.tobytes())
 
 
 def test_widgets_that_work_without_a_kernel_are_published(book):
