@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sparsesurvey.recipes import Recipe
-from sparsesurvey.structure import PRODUCTS, Pattern, Plan, check_weight
 
+if TYPE_CHECKING:  # a structure is handed over: its file's changes do not make the rows of a masked run stale
+    from sparsesurvey.structure import Pattern, Plan
+
+PRODUCTS = ("spmm", "spmmt", "sddmm")
 MLP = ("gate_proj", "up_proj", "down_proj")
 SEED = 0x5EED  # not 0: a weight drawn from 0 as well would be correlated with its mask
 
@@ -60,7 +63,7 @@ class SparseLinear(nn.Module):
     def __init__(self, weight: Tensor, structure: Pattern, recipe: Recipe = Recipe(), bias: Tensor | None = None,
                  kernel: str = "masked", generator: torch.Generator | None = None) -> None:
         super().__init__()
-        check_weight(weight)
+        _check_weight(weight)
         self.out_features, self.in_features = structure.check_shape(weight.shape)
         self.structure, self.recipe, self.kernel = structure, recipe, kernel
         _check_kernel(structure, recipe, kernel)
@@ -161,6 +164,12 @@ class SparseLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.structure}, {self.recipe}, kernel={self.kernel!r}"
+
+
+def _check_weight(weight: Tensor) -> None:
+    if weight.dim() != 2 or not weight.is_floating_point() or not weight.isfinite().all():
+        raise ValueError(f"weight must be a matrix [out, in] of finite floating-point numbers, got {weight.dtype} "
+                         f"{tuple(weight.shape)} with {int((~weight.isfinite()).sum())} that are not finite")
 
 
 def _check_kernel(structure: Pattern, recipe: Recipe, kernel: str) -> None:

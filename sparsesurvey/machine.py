@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from sparsesurvey.device import check_device
+
 PACKAGE = Path(__file__).parent
 
 
@@ -96,19 +98,6 @@ def check_fields(data: object, allowed: set[str], what: str) -> None:
         raise ValueError(f"{what} has no field {name!r}")
     for name in sorted(data.keys() - allowed):
         raise ValueError(f"{what} has the unknown field {name!r}; known: {', '.join(sorted(allowed))}")
-
-
-def check_device(device: str | torch.device) -> torch.device:
-    """``"cpu"``, ``"cuda"`` or ``"cuda:0"`` as a torch device; ValueError for any other and for a GPU not present."""
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", str(device)):
-        raise ValueError(f"device must be cpu, cuda or cuda:<number>, got {device!r}")
-    where = torch.device(device)
-    count = torch.cuda.device_count() if where.type == "cuda" and torch.cuda.is_available() else 0
-    if where.type == "cuda" and count == 0:
-        raise ValueError(f"device is {device!r}, but torch {torch.__version__} sees no GPU here; allowed: cpu")
-    if where.index is not None and where.type == "cuda" and where.index >= count:
-        raise ValueError(f"device is {device!r}, but this machine has {count} GPU(s), counted from cuda:0")
-    return where
 
 
 def _processor() -> str:

@@ -21,10 +21,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sparsesurvey.structure import Pattern
-
 if TYPE_CHECKING:
     from sparsesurvey.linear import SparseLinear
+    from sparsesurvey.structure import Pattern
 
 Score = Callable[[Tensor, object], Tensor]
 

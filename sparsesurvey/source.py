@@ -1,7 +1,8 @@
 """A hash of measured code, so that a row whose code has changed since is seen to be stale.
 
-The hash covers the named modules and every ``sparsesurvey`` module that they import, here or inside a function, but
-not their prose: comments, docstrings and blank lines do not count. It is made of text and of positions in the text,
+The hash covers the named modules and every ``sparsesurvey`` module that they import, here or inside a function, unless
+it is for type checkers alone (``if TYPE_CHECKING``), but not their prose: comments, docstrings and blank lines do not
+count. It is made of text and of positions in the text,
 so every Python version finds the same one. Imports by name at run time (``importlib``) are not followed: this keeps
 one structure's hash free of the others, which the package ``sparsesurvey.structures`` finds in that way.
 """
@@ -12,6 +13,7 @@ import importlib.util
 import io
 import re
 import tokenize
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -79,6 +81,16 @@ def code_text(text: str) -> str:
                      for number, line in enumerate(lines, start=1) if number in inside or line.strip())
 
 
+def _running(tree: ast.AST) -> Iterator[ast.AST]:
+    """Every node but those that only type checkers see."""
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        typing = isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+        waiting += node.orelse if typing else ast.iter_child_nodes(node)
+
+
 def _place(lines: list[str], row: int, offset: int) -> tuple[int, int]:
     """``ast`` counts columns in UTF-8 bytes; here they are characters."""
     return row, len(lines[row - 1].encode()[:offset].decode())
@@ -113,7 +125,7 @@ def _read(path: Path, module: str, package: Path, mtime: int, size: int) -> tupl
     text = path.read_text(encoding="utf-8")
     home = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
     found = set()
-    for node in ast.walk(ast.parse(text)):
+    for node in _running(ast.parse(text)):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

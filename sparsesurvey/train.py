@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from sparsesurvey import checkpoint
 from sparsesurvey.data import Language, batch, windows
+from sparsesurvey.device import check_device
 from sparsesurvey.linear import sparse_layers
-from sparsesurvey.machine import check_device
 
 
 @dataclass(frozen=True)

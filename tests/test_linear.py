@@ -256,7 +256,7 @@ def test_kernel_with_a_mask_that_may_change():
 
 
 @pytest.mark.parametrize("weight, message", [
-    (torch.full(SHAPE, float("nan")), "finite"), (torch.ones(SHAPE, dtype=torch.int64), "floating point"),
+    (torch.full(SHAPE, float("nan")), "finite"), (torch.ones(SHAPE, dtype=torch.int64), "floating-point"),
     (torch.ones(4), "matrix"), (torch.ones(4, 6), "multiple of 4"),
 ])
 def test_bad_weight(weight, message):

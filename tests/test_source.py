@@ -89,6 +89,18 @@ def test_code_follows_imports_and_ignores_prose(package):
     assert both == code_of("sparsesurvey.structures.b,sparsesurvey.structures.a", package)
 
 
+def test_imports_for_type_checkers_alone_do_not_count(package):
+    text = ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from sparsesurvey import deep\n"
+            "else:\n    from sparsesurvey import other\n")
+    (package / "other.py").write_text("A = 1\n")
+    edit(package / "typed.py", text)
+    first = code_of("sparsesurvey.typed", package)
+    edit(package / "deep.py", "VALUE = 2\n")
+    assert code_of("sparsesurvey.typed", package) == first
+    edit(package / "other.py", "A = 2\n")
+    assert code_of("sparsesurvey.typed", package) != first
+
+
 def test_code_of_a_structure_here_knows_no_other(tmp_path):
     root = tmp_path / "sparsesurvey"
     shutil.copytree(source.PACKAGE, root, ignore=shutil.ignore_patterns("__pycache__", "recorded"))
