@@ -35,19 +35,22 @@ class ChapterError(Exception):
 
 
 def defaults(notebook: Path) -> dict[str, Any]:
-    """The parameters of a notebook and their default values, which must be literals."""
-    import papermill
+    """The parameters of a notebook and their default values, which must be literals.
 
+    Read from the cell itself: papermill's own inspection overlooks some comments.
+    """
     try:
-        declared = papermill.inspect_notebook(str(notebook))
-    except ValueError as error:  # no JSON, or no language
-        raise ChapterError(f"{notebook.name} is not a notebook of Python: {error}")
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+        lines = ast.parse("\n".join("".join(cell["source"]) for cell in tagged)).body
+    except (ValueError, KeyError, TypeError, SyntaxError) as error:
+        raise ChapterError(f"{notebook.name} is not a notebook of Python: {error!r}")
     found = {}
-    for name, entry in declared.items():
+    for line in lines:
         try:
-            found[name] = ast.literal_eval(entry["default"])
-        except (ValueError, SyntaxError):
-            raise ChapterError(f"{notebook.name}: the default of parameter {name} must be a literal, not {entry['default']}")
+            found[line.targets[0].id] = ast.literal_eval(line.value)
+        except (ValueError, AttributeError):
+            raise ChapterError(f"{notebook.name}: a parameter must be name = literal, not {ast.unparse(line)}")
     return found
 
 
