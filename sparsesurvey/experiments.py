@@ -151,6 +151,12 @@ def preset(name: str = "default", device: str = "cpu") -> dict[str, object]:
     """Model, configuration and seeds that the chapters train with: ``loss_curves(structures, **preset("quick"))``.
 
     "quick", "default" and "full" are for the Markov language, "text quick" and "text" for bytes of text.
+
+    A run of "default" takes 10 core-seconds (Xeon with AVX-512, 2026), so 8 structures and 3 seeds two to three
+    minutes on two cores. Its 320 steps at a learning rate of 0.01 were chosen because there dense, 50 % and 25 % come
+    apart: excess over the entropy 0.34 to 0.36, 0.40 to 0.49 and 0.53 to 0.80 nats over three seeds and all structures
+    of a density. Structures of one density do not come apart: their seeds differ by 0.04 to 0.25. At 400 steps and
+    0.005 dense and 50 % overlap; 0.02, shorter sequences and Muon at equal time separate less.
     """
     if name not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
