@@ -1,0 +1,45 @@
+"""What CONTRIBUTING.md says is enough to add a structure: one file, found and checked with no other change."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+GUIDE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def test_the_example_passes_every_contract_test(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.S)
+    (name,) = re.findall(r"`sparsesurvey/structures/(\w+)\.py`: definition", GUIDE)
+    skip = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "sparsesurvey", tmp_path / "sparsesurvey", ignore=skip)
+    (tmp_path / "tests").mkdir()
+    for test in ("test_contract.py", "test_layers.py"):
+        shutil.copy(ROOT / "tests" / test, tmp_path / "tests")
+    path = tmp_path / "sparsesurvey" / "structures" / f"{name}.py"
+    path.write_text(code, encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--doctest-modules", "tests", str(path), "-k", name]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout[-3000:]
+    found = re.search(r"(\d+) passed", done.stdout)
+    assert found and int(found[1]) > 60, done.stdout[-500:]
+
+
+def test_every_file_that_the_guides_name_is_there():
+    for guide in ("README.md", "CONTRIBUTING.md"):
+        text = (ROOT / guide).read_text(encoding="utf-8")
+        named = set(re.findall(r"`((?:sparsesurvey|tests|book|notebooks)/[\w./-]+\.\w+|[\w-]+\.(?:toml|yml|txt|json))`", text))
+        missing = {name for name in named if not (ROOT / name).exists() and "columns" not in name}
+        assert not missing, guide
+
+
+def test_the_example_of_the_readme_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.S)
+    found: dict = {}
+    exec(textwrap.dedent(code), found)
+    assert found["y"].shape == (32, 8)
