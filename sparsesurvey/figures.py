@@ -51,6 +51,16 @@ def colour(structure: str) -> str:
     return COLOURS.get(name) or OTHERS[crc32(name.encode()) % len(OTHERS)]
 
 
+def shades(structures: Iterable[object]) -> list[tuple[float, float, float]]:
+    """A colour for each, lighter from one member of a family to the next."""
+    seen: dict[str, int] = {}
+    found = []
+    for structure in structures:
+        rank = seen[family(str(structure))] = seen.get(family(str(structure)), -1) + 1
+        found.append(tuple(1 - (1 - part) * 0.68**rank for part in to_rgb(colour(str(structure)))))
+    return found
+
+
 def pattern(structure: Structure, mask: Tensor, weight: Tensor | None = None, ax: Axes | None = None) -> Axes:
     """Draw a mask ``[out, in]``: kept weights coloured (darker = larger where ``weight`` is given), pruned ones empty."""
     ax = ax or plt.figure(figsize=(3.4, 3.4)).add_subplot()
@@ -150,24 +160,24 @@ def shares(table: pd.DataFrame, unit: str, highlight: Sequence[str] = (), ax: Ax
 
 def bounds(structures: Sequence[Structure], shape: Shape, roofline: Roofline, itemsize: int = 2, ax: Axes | None = None) -> Axes:
     """Roofline bound on the speed-up over dense against tokens: solid with the arithmetic that tensor cores must still do,
-    dashed (where that differs) as if all arithmetic saved were time saved.
+    dotted (where that differs) as if all arithmetic saved were time saved.
     """
-    ax = ax or plt.figure().add_subplot()
+    ax = ax or plt.figure(figsize=(7.4, 3.4)).add_subplot()
     tokens = np.unique(np.logspace(0, 15, 61, base=2).round().astype(int)).tolist()
-    for structure in structures:
-        tint = colour(str(structure))
+    for number, (structure, tint) in enumerate(zip(structures, shades(structures))):
         usable, ideal = ([roofline.over_dense(structure, shape, count, itemsize, ideal=ideal) for count in tokens]
                          for ideal in (False, True))
         if not np.allclose(usable, ideal):
-            ax.plot(tokens, ideal, color=tint, linestyle="--", linewidth=0.8, alpha=0.7)
-        ax.plot(tokens, usable, color=tint)
-        ax.annotate(str(structure), (tokens[-1], usable[-1]), xytext=(4, 0), textcoords="offset points", va="center",
-                    fontsize=8, color=tint)
+            ax.plot(tokens, ideal, color=tint, linestyle=":", linewidth=1.2)
+        # Later lines are thinner, so that one that runs along another does not hide it.
+        ax.plot(tokens, usable, color=tint, linewidth=max(4.5 - number, 1.2), label=str(structure))
     ax.set(xlabel="tokens", ylabel="bound on speed-up over dense", title=f"a bound, not a measurement: {roofline.source}")
-    ax.set_xscale("log", base=2)
+    ax.set_xscale("log", base=4)
     ax.set_yscale("log", base=2)
+    ax.xaxis.set_major_formatter(lambda count, _: f"{count:g}")
     ax.yaxis.set_major_formatter(lambda ratio, _: f"{ratio:g}x")
     ax.title.set_fontsize(8)
+    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return ax
 
 

@@ -23,9 +23,11 @@ def amount(value: float, unit: str, low: float | None = None, high: float | None
     """A value with its range, in a unit near its size.
 
     >>> amount(0.00123, "s", 0.0012, 0.00131), amount(0.5, "fraction"), amount(27.4e9, "B/s"), amount(2.5, "nats/token")
-    ('1.23 ms (1.2 to 1.31)', '50 %', '27.4 GB/s', '2.5 nats/token')
+    ('1.23 ms (1.2 to 1.31)', '50 %', '27.4 GB/s', '2.5000 nats/token')
     """
-    steps = SCALES.get(unit, ((1.0, unit),))
+    if unit not in SCALES:  # a loss, of which the fourth digit still tells runs apart
+        return f"{value:.4f} {unit}" if low in (None, value) else f"{value:.4f} {unit} ({low:.4f} to {high:.4f})"
+    steps = SCALES[unit]
     size, name = next((step for step in steps if abs(value) >= step[0]), steps[-1])
     text = f"{_digits(value / size)} {name}".rstrip()
     if low is None or high is None or low == high:

@@ -250,7 +250,7 @@ def test_roofline():
     ((3e-12, "s"), "0.003 ns"), ((0.0, "s"), "0 ns"), ((999.7e-3, "s", 0.99, 1.01), "1000 ms (990 to 1010)"),
     ((1.234, "x", 1.2, 1.3), "1.23 x (1.2 to 1.3)"), ((1234.0, "x"), "1234 x"), ((790e12, "FLOP/s"), "790 TFLOP/s"),
     ((0.125, "fraction"), "12.5 %"), ((0.001, "fraction"), "0.1 %"), ((3e9, "B/s"), "3 GB/s"), ((1e-7, "1"), "1e-07"),
-    ((1.5 * 2**20, "B"), "1.5 MiB"), ((2.5, "nats/token"), "2.5 nats/token"),
+    ((1.5 * 2**20, "B"), "1.5 MiB"), ((2.5, "nats/token"), "2.5000 nats/token"),
 ])
 def test_amounts_are_human(given, text):
     assert amount(*given) == text
