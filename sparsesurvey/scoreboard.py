@@ -1,6 +1,6 @@
 """One line a structure: what the definition fixes, what a bound permits, and what rows have measured."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -10,9 +10,21 @@ from sparsesurvey import figures
 from sparsesurvey.pruning import channel_scaled, gaussian, retention
 from sparsesurvey.records import Measurement
 from sparsesurvey.roofline import Roofline
-from sparsesurvey.structure import Pattern, Shape
+from sparsesurvey.structure import Pattern, Shape, Structure
 
 LIBRARIES = ("torch", "scipy", "cusparselt", "cusparse", "cutlass")  # a kernel that only calls one bears its name
+
+
+def entries(kinds: Mapping[str, type[Structure]], each: int = 4, shape: Shape = (512, 512)) -> list[Pattern]:
+    """The first ``variants`` of every pattern that divide ``shape``, densest first: whoever adds a structure is here too."""
+    found = [item for kind in kinds.values() if issubclass(kind, Pattern)
+             for item in [item for item in kind.variants() if fits(item, shape)][:each]]
+    return sorted(found, key=lambda item: (-item.density, figures.family(str(item))))
+
+
+def fits(structure: Structure, shape: Shape) -> bool:
+    """Whether the structure divides a weight ``[out, in]`` of this shape."""
+    return not any(size % step for size, step in zip(shape, structure.tile))
 
 
 def definition(structures: Iterable[Pattern], shape: Shape = (4096, 14336), itemsize: int = 2) -> pd.DataFrame:
