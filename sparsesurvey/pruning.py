@@ -7,11 +7,11 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from sparsesurvey.linear import MLP
 from sparsesurvey.scores import magnitude
 from sparsesurvey.structure import Pattern, check_weight
 
 Score = Callable[[Tensor, object], Tensor]
-MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 class Kept(NamedTuple):
