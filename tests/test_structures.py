@@ -1,5 +1,6 @@
 """What each structure is in particular: cases to verify by hand, and what the catalogue says that a mask keeps."""
 
+import sys
 from itertools import combinations
 from math import comb
 
@@ -7,12 +8,12 @@ import pytest
 import torch
 
 from sparsesurvey.structure import (
-    Cost, Pattern, Structure, bits_for, compress_rows, expand_rows, pack_bits, stored_bytes, tiles, top, unpack_bits,
-    untile,
+    Cost, Pattern, Structure, Unavailable, bits_for, compress_rows, expand_rows, pack_bits, stored_bytes, tiles, top,
+    unpack_bits, untile,
 )
 from sparsesurvey.structures import NM, VNM, Block, Dense, Unstructured, all_structures
 from sparsesurvey.structures.nm import PackedNM
-from sparsesurvey.structures.unstructured import PackedCSR
+from sparsesurvey.structures.unstructured import PackedCSR, scipy_sparse
 
 # Share of |w| and of w^2 that the mask by magnitude keeps of 512 x 512 weights drawn from N(0, 1): facts of the
 # distribution, from the catalogue's section 4.1.
@@ -257,3 +258,52 @@ def test_all_structures_are_found_once():
     assert not {"Structure", "Pattern"} & set(found)
     assert all(issubclass(kind, Structure) for kind in found.values())
     assert all(issubclass(kind, Pattern) for kind in (NM, VNM, Block, Dense, Unstructured))
+
+
+# ---- what cannot run says what it needs
+
+
+def test_without_scipy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    for structure in (Unstructured(), NM(), Block()):
+        packed = structure.pack(torch.zeros(32, 32))
+        for name in (name for name in structure.kernels() if name.startswith("scipy")):
+            with pytest.raises(Unavailable, match="^needs scipy$"):
+                structure.kernels()[name](packed)
+
+
+def test_without_mkl(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    for structure in (Unstructured(), NM(), Block()):
+        packed = structure.pack(torch.zeros(32, 32))
+        for name in (name for name in structure.kernels() if name.startswith(("torch", "tiled"))):
+            with pytest.raises(Unavailable, match="^needs a torch that was built with MKL$"):
+                structure.kernels()[name](packed)
+
+
+def test_libraries_need_single_or_double_precision_on_a_cpu():
+    packed = Unstructured().pack(torch.zeros(8, 8, dtype=torch.bfloat16))
+    for name in ("torch_csr", "tiled_csr", "scipy_csr"):
+        with pytest.raises(Unavailable, match="^needs float32 or float64.*bfloat16$"):
+            Unstructured().kernels()[name](packed)
+
+
+def test_torch_bsr_needs_square_blocks():
+    with pytest.raises(Unavailable, match="^needs square blocks$"):
+        Block(8, 1).spmm_torch_bsr(Block(8, 1).pack(torch.zeros(8, 8)))
+
+
+def test_scipy_needs_the_cpu():
+    packed = Unstructured().pack(torch.zeros(8, 8))
+    with pytest.raises(Unavailable, match="^needs a packed operand on the CPU, got meta$"):
+        scipy_sparse(packed.values.to("meta"))
+    with pytest.raises(ValueError, match="^x must be torch.float32 .tokens, 8. on cpu, got .* on meta$"):
+        Unstructured().spmm_reference(packed)(torch.zeros(3, 8, device="meta"))
+
+
+def test_no_warning_reaches_the_reader(recwarn):
+    for structure in (Unstructured(), Block()):
+        packed = structure.pack(torch.zeros(32, 32))
+        for plan in structure.kernels().values():
+            plan(packed)(torch.zeros(2, 32))
+    assert not recwarn.list
