@@ -25,7 +25,8 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, tor
 every_structure = pytest.mark.parametrize("structure", ALL, ids=str)
 every_pattern = pytest.mark.parametrize("structure", PATTERNS, ids=str)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-every_kernel = pytest.mark.parametrize("structure, product, kernel", KERNELS, ids=[f"{s} {p}_{k}" for s, p, k in KERNELS])
+every_kernel = pytest.mark.parametrize("structure, product, kernel", KERNELS,
+                                       ids=[f"{structure} {product}_{kernel}" for structure, product, kernel in KERNELS])
 
 
 def shape_of(structure: Structure) -> tuple[int, int]:

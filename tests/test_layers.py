@@ -40,7 +40,8 @@ def ours(path: Path) -> set[str]:
 
 
 def others(path: Path) -> set[str]:
-    return {name.split(".")[0] for name, _ in imports(path)} - {"sparsesurvey", "__future__"} - set(sys.stdlib_module_names)
+    tops = {name.split(".")[0] for name, _ in imports(path)}
+    return tops - {"sparsesurvey"} - set(sys.stdlib_module_names)
 
 
 def below(folder: str) -> list[Path]:
