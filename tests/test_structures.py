@@ -57,6 +57,25 @@ def test_column_sums_find_nearly_the_best_four_columns(gaussian):
 # ---- by hand
 
 
+@pytest.mark.parametrize("structure, mask, holds", [
+    (NM(2, 4), [[1, 1, 0, 0, 0, 0, 1, 1]], True),
+    (NM(2, 4), [[0, 1, 1, 1, 0, 0, 0, 1]], False),  # four of eight, but three of the first four
+    (Unstructured(0.5), [[1, 1, 1, 1], [0, 0, 0, 0]], True),
+    (Unstructured(0.5), [[1, 1, 1, 1], [0, 0, 0, 1]], False),
+    (Block(2, 2, 0.5), [[1, 0, 0, 0], [0, 0, 0, 0]], True),
+    (Block(2, 2, 0.5), [[1, 1, 0, 0], [1, 1, 0, 1]], False),  # both blocks
+    (Block(2, 1, 0.5), [[1, 0, 1, 0], [0, 0, 1, 0]], True),
+    (Block(2, 1, 0.5), [[1, 0, 1, 0], [0, 1, 0, 0]], False),  # three columns
+    (VNM(2, 2, 8), [[1, 1, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 1, 1]], True),
+    (VNM(3, 2, 8), [[1, 1, 0, 0, 0, 0, 0, 0], [0, 0, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 0, 0, 0]], False),  # 5 columns
+    (VNM(2, 2, 8), [[1, 1, 1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0, 0]], False),  # three in a row
+    (VNM(1, 2, 8), [[1, 1, 0, 0, 0, 0, 0, 0], [0, 0, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 0, 0, 0]], True),
+    (Dense(), [[1, 0, 1]], True),
+])
+def test_holds_by_hand(structure, mask, holds):
+    assert structure.holds(torch.tensor(mask, dtype=torch.bool)) is holds
+
+
 def test_unstructured_breaks_ties_in_reading_order():
     assert Unstructured(0.5).mask(torch.ones(2, 3)).tolist() == [[True, True, True], [False, False, False]]
 
