@@ -34,6 +34,8 @@ def site():
     """The address of the built book on the loopback."""
     if not (HTML / "index.html").is_file():
         absent("there is no built book: run make book first")
+    old = [name for name in PAGES if not (HTML / f"{name}.html").is_file()]
+    assert not old, f"the built book has no {', '.join(old)}: run make book again"
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=HTML))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -49,6 +51,7 @@ def theme(request):
 def themed(chromium, theme):
     """One browser profile a theme, so that the second page finds the scripts in its cache as a reader's does."""
     context = chromium.new_context(color_scheme=theme, viewport={"width": WIDTHS[0], "height": 900})
+    context.set_default_timeout(15_000)
     yield context
     context.close()
 
@@ -160,7 +163,7 @@ def test_status_page_tells_what_was_built(page, site):
 def explorers(page, site):
     """Each page with an explorer, opened until the explorer has drawn."""
     for name in PAGES:
-        if (HTML / f"{name}.html").is_file() and "sparse-explorer" in (HTML / f"{name}.html").read_text(encoding="utf-8"):
+        if "sparse-explorer" in (HTML / f"{name}.html").read_text(encoding="utf-8"):
             visit(page, site, name)
             page.wait_for_selector(".sparse-explorer select")
             yield name
