@@ -15,6 +15,7 @@ import hashlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -52,6 +53,17 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         if value is not None and value < 1:
             parser.error(f"--{name} must be at least 1, got {value}")
     return options
+
+
+def check_device(device: str) -> None:
+    """BookError if there is no such GPU, before every chapter says so."""
+    if device != "cpu":
+        from sparsesurvey.measure import check_device as check
+
+        try:
+            check(device)
+        except ValueError as error:
+            raise BookError(str(error))
 
 
 def parameters(options: argparse.Namespace, every: list[Chapter]) -> dict[str, Any]:
@@ -149,6 +161,7 @@ def table(outcomes: list[Outcome]) -> str:
 def build(options: argparse.Namespace) -> Path:
     """Build the book and return its first page; BookError says what is wrong."""
     root, start = options.root.resolve(), time.monotonic()
+    check_device(options.device)
     folder = (options.output or root).resolve() / "_build"
     toc, every = pages(root), chapters(root)
     limit = options.timeout or LIMITS[options.preset]
@@ -175,8 +188,12 @@ def main(words: list[str] | None = None) -> int:
     except (BookError, ChapterError) as error:
         print(f"The book was not built.\n{error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("The book was not built: interrupted.", file=sys.stderr)
+        return 130
     return 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the chapters as Ctrl-C does
     sys.exit(main())

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import platform
-import signal
 import subprocess
 import sys
 import time
@@ -203,7 +202,9 @@ class Runner:
         print(f"{chapter.name}: executing", flush=True)
         command = [sys.executable, execute.__file__, "job.json"]
         with (folder / "log.txt").open("wb") as log, (folder / "report.txt").open("wb") as out:
-            process = subprocess.Popen(command, stdout=out, stderr=log, env=self.environment(), cwd=folder)
+            process = subprocess.Popen(  # a session of its own: Ctrl-C reaches the driver, which ends it in order
+                command, stdout=out, stderr=log, env=self.environment(), cwd=folder, start_new_session=True
+            )
         self.running[chapter.name] = (chapter, process, time.monotonic())
 
     def end(self, name: str) -> Outcome:
@@ -221,16 +222,18 @@ class Runner:
         return Outcome(chapter, report=report, error=error)
 
     def stop(self, names: list[str]) -> None:
-        """End chapters that are still running, with their kernels."""
-        for signum in (signal.SIGTERM, signal.SIGKILL):
-            alive = [self.running[name][1] for name in names if self.running[name][1].poll() is None]
-            for process in alive:
-                for child in _descendants(process.pid) if signum == signal.SIGKILL else []:
-                    child.kill()
-                process.send_signal(signum)
-            deadline = time.monotonic() + 10
-            while any(process.poll() is None for process in alive) and time.monotonic() < deadline:
-                time.sleep(0.1)
+        """End chapters that are still running, with their kernels and whatever those started."""
+        alive = [self.running[name][1] for name in names if self.running[name][1].poll() is None]
+        family = [child for process in alive for child in execute.descendants(process.pid)]
+        for process in alive:
+            process.terminate()
+        deadline = time.monotonic() + 10
+        while any(process.poll() is None for process in alive) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        execute.kill(family)
+        for process in alive:
+            process.kill()
+            process.wait()
 
     def all(self, every: list[Chapter]) -> list[Outcome]:
         """Bring every chapter up to date; failures do not stop the others, only those that wait for them."""
@@ -266,11 +269,3 @@ class Runner:
             elif len(self.running) < self.jobs:
                 self.start(chapter, wanted)
 
-
-def _descendants(pid: int) -> list[Any]:
-    import psutil
-
-    try:
-        return psutil.Process(pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []

@@ -9,11 +9,13 @@ cut short, and jupyter-book publishes tracebacks, all with exit code 0.
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import os
 import re
 import resource
 import sys
+import threading
 import time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -216,7 +218,35 @@ def execute(job: dict[str, Any]) -> dict[str, Any]:
     return report
 
 
+def descendants(pid: int) -> list[Any]:
+    """The processes that a process started, and those that they started."""
+    import psutil
+
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def kill(processes: list[Any]) -> None:
+    """End processes of ``descendants``; one that has ended by itself is passed over."""
+    import psutil
+
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def end_with(parent: int) -> None:
+    """End this process and its kernel when the driver is gone, however it went."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    kill(descendants(os.getpid()))
+    os._exit(1)
+
+
 def main() -> int:
+    threading.Thread(target=end_with, args=[os.getppid()], daemon=True).start()
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     try:
         report = execute(job)

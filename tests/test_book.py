@@ -5,6 +5,7 @@ import io
 import json
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -14,7 +15,9 @@ import build
 import chapters
 import execute
 import nbformat
+import psutil
 import pytest
+import torch
 import yaml
 from chapters import BookError, Runner
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
@@ -308,6 +311,13 @@ def test_bad_arguments_are_refused(words, capsys):
     assert words[0] in capsys.readouterr().err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_said_at_once(book, capsys):
+    assert build.main(["--root", str(book(a=notebook("print(1)"))), "--device", "cuda"]) == 1
+    said = capsys.readouterr()
+    assert "sees no GPU here" in said.err and "executing" not in said.out
+
+
 def test_a_gpu_and_many_threads_get_one_chapter_at_a_time():
     assert build.jobs(build.arguments(["--device", "cuda"])) == 1
     assert build.jobs(build.arguments(["--threads", "1000"])) == 1
@@ -334,6 +344,35 @@ def test_stage_mirrors_the_sources_and_keeps_the_times_of_what_did_not_change(bo
 def drive(root, *words):
     command = [sys.executable, str(ROOT / "book" / "build.py"), "--root", str(root), *words]
     return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=lambda how: how.name)
+def test_an_interrupted_build_leaves_no_process_behind(book, how):
+    source = "import os, subprocess, sys, time\nchild = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+    source += "print(os.getpid(), child.pid, file=open('part', 'w'), flush=True)\nos.rename('part', 'pids')\ntime.sleep(600)"
+    root = book(a=notebook(source))
+    command = [sys.executable, str(ROOT / "book" / "build.py"), "--root", str(root)]
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    pids = root / "_build" / "work" / "a" / "pids"
+    assert soon(pids.exists, 60)
+    driver.send_signal(how)
+    driver.wait(30)
+    started = [int(pid) for pid in pids.read_text().split()]
+    assert soon(lambda: not any(runs(pid) for pid in started), 20)
+
+
+def soon(true, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return true()
+
+
+def runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_book_end_to_end(book):
