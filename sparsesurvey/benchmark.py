@@ -24,7 +24,8 @@ from sparsesurvey.tables import table
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["A100", "H100", "H200", "Benchmark", "Roofline", "WrongProduct", "calibrate", "noise", "products"]
+__all__ = ["A100", "H100", "H200", "Benchmark", "Roofline", "WrongProduct", "calibrate", "noise", "products",
+           "show"]
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 METRICS = {"relative error": "1", "time": "s", "speedup": "x"}  # of every kernel; dense itself has only a time
@@ -44,7 +45,7 @@ class Benchmark:
 
     def table(self, metric: str | None = None) -> "pd.DataFrame":
         """The rows (of one metric if given) and the kernels that cannot run here, for a page."""
-        return table(self.rows, metric, {(self.structure, name): why for name, why in self.unavailable.items()})
+        return show([self], metric)
 
 
 def products(structure: Structure, shape: Shape, tokens: int, chapter: str, *, dtype: str = "float32",
@@ -83,6 +84,13 @@ def products(structure: Structure, shape: Shape, tokens: int, chapter: str, *, d
                 times = measure.compare(calls, "dense", rounds, min_seconds, device, flush_l2)
                 book.write(times, errors)
         return Benchmark(str(structure), book.rows(["dense", *runs]), unavailable)
+
+
+def show(results: Iterable[Benchmark], metric: str | None = None) -> "pd.DataFrame":
+    """Several structures in one table, with the kernels that cannot run here and why."""
+    results = list(results)
+    unavailable = {(result.structure, name): why for result in results for name, why in result.unavailable.items()}
+    return table([row for result in results for row in result.rows], metric, unavailable)
 
 
 def noise(shape: Shape, tokens: int, *, dtype: str = "float32", device: str = "cpu", threads: int = 1,

@@ -204,7 +204,7 @@ def speedups(rows: Iterable[Measurement], bound: Mapping[str, float] | None = No
         ax.axvline(1, color=COLOURS["dense"], linewidth=1, linestyle=":")
         ax.set(yticks=range(len(lines[title])), yticklabels=lines[title], ylim=(len(lines[title]) - 0.4, -0.6), title=title)
         ax.set_xscale("log", base=2)
-        ax.xaxis.set_major_formatter(lambda ratio, _: f"{ratio:g}")
+        ax.xaxis.set_major_formatter(lambda ratio, _: f"{ratio:g}" if ratio >= 1 else f"1/{1 / ratio:g}")
     axes[-1, 0].set_xlabel("times as fast as dense, log scale" + (" (tick: roofline bound here)" if bound else ""))
     handles = [plt.Line2D([], [], color="#333333", marker=MARKERS[number % len(MARKERS)], linestyle="", label=name)
                for number, name in enumerate(kernels)]
@@ -244,7 +244,8 @@ def _draw_ratio(ax: Axes, row: Measurement, line: int, number: int, count: int) 
 
 
 def curves(rows: Iterable[Measurement], floor: float | None = None, ax: Axes | None = None) -> Axes:
-    """Loss against training tokens: a line a structure (the mean over its seeds), a band from its lowest to highest seed.
+    """Loss against training tokens: a line a structure (the mean over its seeds), a band from its lowest to highest
+    seed; the loss before any training is off the scale.
 
     ``floor`` is a loss that nothing can go below (the entropy of the language), drawn as a line.
     """
@@ -262,7 +263,9 @@ def curves(rows: Iterable[Measurement], floor: float | None = None, ax: Axes | N
     if floor is not None:
         ax.axhline(floor, color="black", linewidth=1, linestyle=":")
         ax.annotate("entropy of the language", (0, floor), xytext=(4, 3), textcoords="offset points", fontsize=8)
+    early = min(row.at["tokens"] for row in rows if row.at["tokens"])  # before it is the fall from guessing, which hides the rest
     ax.set(xlabel="training tokens", ylabel=f"validation loss, {rows[0].unit}", title="; ".join(by_machine(rows)))
+    ax.set_ylim(top=1.02 * max(row.value for row in rows if row.at["tokens"] >= early))
     ax.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1e3:g}k" if tokens < 1e6 else f"{tokens / 1e6:g}M")
     ax.legend(title="structure (seeds)", title_fontsize=8, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return ax
@@ -290,8 +293,7 @@ def final_losses(rows: Iterable[Measurement], ax: Axes | None = None) -> Axes:
         ax.plot(ends, np.full(len(ends), place), "o", color=colour(name), alpha=0.7, markersize=5)
         ax.plot([ends.mean()] * 2, [place - 0.3, place + 0.3], color=colour(name), linewidth=2)
     ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.6), xlabel=f"validation loss, {rows[0].unit}",
-           title=f"after {last} steps: a dot a seed, a bar at the mean, grey the range of dense; {'; '.join(by_machine(rows))}")
-    ax.title.set_fontsize(8)
+           title=f"after {last} steps: a dot a seed, a bar at the mean, grey the range of dense\n{'; '.join(by_machine(rows))}")
     return ax
 
 

@@ -54,6 +54,12 @@ def retention(weight: Tensor, structures: Iterable[Pattern], score: Score = magn
     return pd.DataFrame(lines)
 
 
+def retentions(structures: Iterable[Pattern], shape: tuple[int, int] = (512, 512)) -> dict[str, pd.DataFrame]:
+    """``retention`` on the two kinds of random weights: without any outlier, and with scaled channels."""
+    structures = list(structures)
+    return {"Gaussian": retention(gaussian(shape), structures), "channel-scaled": retention(channel_scaled(shape), structures)}
+
+
 def prune(model: nn.Module, structure: Pattern, score: Score = magnitude, modules: Iterable[str] = MLP) -> dict[str, float]:
     """Zero, in place, what ``structure`` does not keep in every linear layer named in ``modules``.
 

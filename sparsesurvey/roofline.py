@@ -59,6 +59,11 @@ class Roofline:
         work = least.flops if ideal or share is None else max(least.flops, round(share * dense.flops))
         return self.speedup(Cost(work, least.weight_bytes, least.io_bytes), dense)
 
+    def bounds(self, structures: Iterable[Structure], shape: Shape, tokens: int, itemsize: int = 2, *,
+               ideal: bool = True) -> dict[str, float]:
+        """``over_dense`` of several structures, by their notation."""
+        return {str(item): self.over_dense(item, shape, tokens, itemsize, ideal=ideal) for item in structures}
+
     @classmethod
     def measured(cls, rows: Iterable[Measurement]) -> "Roofline":
         """Of one machine's rows of ``benchmark.calibrate``: the best that it was seen to do, not its median.

@@ -11,6 +11,7 @@ from sparsesurvey.pruning import channel_scaled, gaussian, retention
 from sparsesurvey.records import Measurement
 from sparsesurvey.roofline import Roofline
 from sparsesurvey.structure import Pattern, Shape, Structure
+from sparsesurvey.tables import unnumbered
 
 LIBRARIES = ("torch", "scipy", "cusparselt", "cusparse", "cutlass")  # a kernel that only calls one bears its name
 
@@ -39,7 +40,7 @@ def definition(structures: Iterable[Pattern], shape: Shape = (4096, 14336), item
     } for item in structures]).set_index("structure")
     for label, weight in (("Gaussian", gaussian((512, 512))), ("channel-scaled", channel_scaled((512, 512)))):
         frame[f"kept, {label}"] = retention(weight, structures).set_index("structure")["share of best"]
-    return frame
+    return frame.rename_axis(None)
 
 
 def permitted(structures: Iterable[Pattern], roofline: Roofline, tokens: Sequence[int] = (1, 8192), shape: Shape = (4096, 14336),
@@ -47,7 +48,7 @@ def permitted(structures: Iterable[Pattern], roofline: Roofline, tokens: Sequenc
     """Bound on the speed-up over dense for few and for many tokens, with the arithmetic that tensor cores must still do."""
     lines = [{"structure": str(item), **{f"bound, {count} token{'s' * (count > 1)}": roofline.over_dense(item, shape, count, itemsize)
                                          for count in tokens}} for item in structures]
-    return pd.DataFrame(lines).set_index("structure")
+    return pd.DataFrame(lines).set_index("structure").rename_axis(None)
 
 
 def fastest(rows: Iterable[Measurement], product: str = "spmm") -> pd.DataFrame:
@@ -55,32 +56,28 @@ def fastest(rows: Iterable[Measurement], product: str = "spmm") -> pd.DataFrame:
     best: dict[tuple, dict[bool, Measurement]] = {}
     for row in rows:
         if row.metric == "speedup" and row.at.get("product") == product and row.structure != "dense":
-            case = (row.structure, row.at["tokens"], f"{row.at['out']} x {row.at['in']}", str(row.machine), row.origin)
+            case = (row.structure, row.at["tokens"], f"{row.at['out']} x {row.at['in']}", f"{row.machine}, {row.origin} {row.date[:10]}")
             library = row.method.split("_")[0] in LIBRARIES
             held = best.setdefault(case, {}).get(library)
             if held is None or row.value > held.value:
                 best[case][library] = row
     lines = []
     for case, found in best.items():
-        line = dict(zip(("structure", "tokens", "weight", "machine", "rows"), case))
+        line = dict(zip(("structure", "tokens", "weight", "measured"), case))
         for library, label in ((False, "ours"), (True, "library")):
             row = found.get(library)
             line[label] = "" if row is None else f"{row.value:.2f} ({row.low:.2f} to {row.high:.2f}) {row.method}{' stale' * row.stale}"
         lines.append(line)
-    return pd.DataFrame(lines, columns=["structure", "tokens", "weight", "ours", "library", "machine", "rows"])
+    return unnumbered(pd.DataFrame(lines, columns=["structure", "tokens", "weight", "ours", "library", "measured"]))
 
 
-def trade_off(gaps: pd.DataFrame, structures: Iterable[Pattern]) -> Figure:
-    """Loss gap to dense against density: ``gaps`` of ``tables.gaps``, a whisker from the lowest to the highest seed."""
-    density = {str(item): item.density for item in structures}
-    figure, ax = plt.subplots(figsize=(7.2, 3.6))
-    for line in gaps.itertuples():
-        if line.structure in density:
-            tint = figures.colour(line.structure)
-            ax.errorbar(density[line.structure], line.gap, yerr=[[line.gap - line.lowest], [line.highest - line.gap]],
-                        fmt="o", color=tint, capsize=3)
-            ax.annotate(line.structure, (density[line.structure], line.gap), xytext=(7, 0), textcoords="offset points",
-                        va="center", fontsize=8, color=tint)
-    ax.axhline(0, color=figures.COLOURS["dense"], linewidth=1, linestyle=":")
-    ax.set(xlabel="density of the MLP", ylabel="loss above dense, same seed", xlim=(0, 1.1))
+def price(gaps: pd.DataFrame) -> Figure:
+    """Loss above dense by structure, from ``tables.gaps``: a dot at the mean, a whisker from the lowest to the highest seed."""
+    figure, ax = plt.subplots(figsize=(7.2, 0.9 + 0.34 * len(gaps)))
+    for place, line in enumerate(gaps.itertuples()):
+        ax.errorbar(line.gap, place, xerr=[[line.gap - line.lowest], [line.highest - line.gap]], fmt="o", capsize=3,
+                    color=figures.colour(line.structure))
+    ax.axvline(0, color=figures.COLOURS["dense"], linewidth=1, linestyle=":")
+    ax.set(yticks=range(len(gaps)), yticklabels=gaps["structure"], ylim=(len(gaps) - 0.4, -0.6),
+           xlabel=f"loss above dense of the same seed, mean and range of {gaps['seeds'].max()} seeds")
     return figure

@@ -59,7 +59,12 @@ def table(rows: Iterable[Measurement], metric: str | None = None,
               for (structure, method), reason in (unavailable or {}).items()]
     frame = pd.DataFrame(lines, columns=columns)
     frame.attrs = shared
-    return frame
+    return unnumbered(frame)
+
+
+def unnumbered(frame: "pd.DataFrame") -> "pd.DataFrame":
+    """The same with empty line labels: 0, 1, 2 would only take room on a page."""
+    return frame.set_axis([""] * len(frame), axis=0)
 
 
 def _digits(value: float) -> str:
@@ -99,4 +104,4 @@ def gaps(rows: Iterable[Measurement]) -> "pd.DataFrame":
                       "lowest": min(mine), "highest": max(mine), "resolved": "yes" if resolved else "" if name == "dense" else "no"})
     frame = pd.DataFrame(lines).round(4)
     frame.attrs = {"range of dense": noise}
-    return frame
+    return unnumbered(frame)

@@ -263,6 +263,6 @@ def test_table(tmp_path):
     columns = ["structure", "method", "metric", "out", "value", "measured"]
     assert list(shown.columns) == columns and len(shown) == 8 and shown.attrs["tokens"] == 8
     assert all("live" in text and "stale" not in text and str(rows[0].machine) in text for text in shown["measured"])
-    assert table([replace(rows[0], code="0" * 12)])["measured"][0].endswith("stale")
+    assert table([replace(rows[0], code="0" * 12)])["measured"].iloc[0].endswith("stale")
     assert list(table(rows, "time").columns) == ["structure", "method", "out", "time", "measured"]
     assert len(table(rows, "speedup")) == 2 and list(table([]).columns)[0] == "structure"

@@ -64,7 +64,7 @@ def test_fastest_of_ours_and_of_a_library():
     rows = [speedup(block, "gather", 3.0), speedup(block, "tiled", 2.0), speedup(block, "torch_bsr", 1.5),
             speedup(block, "scipy_bsr", 0.2), speedup(block, "gather", 9.0, product="sddmm")]
     frame = scoreboard.fastest(rows)
-    assert len(frame) == 1 and frame.loc[0, "ours"].startswith("3.00") and "torch_bsr" in frame.loc[0, "library"]
+    assert len(frame) == 1 and frame["ours"].iloc[0].startswith("3.00") and "torch_bsr" in frame["library"].iloc[0]
     assert scoreboard.fastest([]).empty
 
 
@@ -87,7 +87,7 @@ def test_a_stale_row_is_drawn_hollow_and_said():
     figure = figures.speedups([fresh, stale])
     faces = [line.get_markerfacecolor() for line in figure.axes[0].lines if line.get_marker() in figures.MARKERS]
     assert faces.count("white") == 1 and len(faces) == 2
-    assert table([stale])["measured"][0].endswith("stale")
+    assert table([stale])["measured"].iloc[0].endswith("stale")
 
 
 def test_live_and_recorded_have_a_panel_each_that_names_machine_and_date():
@@ -122,3 +122,8 @@ def test_every_structure_draws_its_pattern_and_its_storage():
     assert len(figures.storage([Dense(), VNM(), Block()], (4096, 14336)).containers) == 2
     frame = pd.DataFrame({"a": [1, 3]}, index=["x", "y"])
     assert figures.shares(frame, "things", ["y"]).get_xlabel() == "share of things"
+
+
+def test_the_price_has_a_line_for_each_structure():
+    rows = [loss(name, seed, 2.0 + seed / 10) for name in ("dense", "2:4") for seed in (0, 1)]
+    assert [text.get_text() for text in scoreboard.price(gaps(rows)).axes[0].get_yticklabels()] == ["dense", "2:4"]
