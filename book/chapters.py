@@ -128,14 +128,16 @@ def foundation(root: Path) -> str:
     return hashlib.sha256("\n".join([digest(library + locks, root), runner, *here]).encode()).hexdigest()
 
 
-def key(chapter: Chapter, parameters: dict[str, Any], base: str, rows: Path) -> str:
-    """Hash of everything that the executed chapter depends on, with the live rows of the chapters it waits for."""
-    seen: list[Path] = []
-    if chapter.after:
-        others = [path for path in rows.rglob("*.jsonl") if path.stem != chapter.name]
-        seen = [path for path in others if "all" in chapter.after or path.stem in chapter.after]
+def key(chapter: Chapter, parameters: dict[str, Any], base: str, rows: Path, waited: list[str]) -> str:
+    """Hash of everything that the executed chapter depends on.
+
+    ``waited`` are the keys of the chapters that it waits for. One after all also depends on the live rows of the
+    others; one after some does not, because chapters that run beside it may still add to them.
+    """
+    everywhere = rows.rglob("*.jsonl") if "all" in chapter.after else ()
+    seen = digest([path for path in everywhere if path.stem != chapter.name], rows)
     own = hashlib.sha256(chapter.source.read_bytes()).hexdigest()
-    parts = [own, json.dumps(parameters, sort_keys=True), base, digest(seen, rows)]
+    parts = [own, json.dumps(parameters, sort_keys=True), base, seen, *waited]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -262,7 +264,8 @@ class Runner:
             if failed:
                 outcomes[chapter.name] = Outcome(chapter, error=f"not executed: waits for {', '.join(failed)}")
                 continue
-            wanted = key(chapter, self.given(chapter), base, self.rows)
+            waited = [outcomes[name].report["key"] for name in sorted(waits)]
+            wanted = key(chapter, self.given(chapter), base, self.rows, waited)
             report = finished(self.target(chapter), wanted)
             if report:
                 outcomes[chapter.name] = Outcome(chapter, cached=True, report=report)

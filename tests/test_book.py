@@ -160,8 +160,8 @@ def test_the_key_covers_library_rows_and_lock(book, path):
 
 def test_the_key_covers_parameters_that_the_chapter_has(book, tmp_path):
     chapter = chapters.chapters(book(a=notebook("print(1)")))[0]
-    keys = {chapters.key(chapter, given, base, tmp_path) for given, base in [({}, "b"), ({"threads": 2}, "b"), ({}, "c")]}
-    assert len(keys) == 3
+    cases = [({}, "b", []), ({"threads": 2}, "b", []), ({}, "c", []), ({}, "b", ["key"])]
+    assert len({chapters.key(chapter, given, base, tmp_path, waited) for given, base, waited in cases}) == 4
     runner = Runner(tmp_path, tmp_path / "_build", {**PARAMETERS, "other": 1})
     assert runner.given(chapter) == PARAMETERS
 
@@ -179,6 +179,17 @@ def test_a_chapter_after_all_sees_the_rows_of_all_and_is_executed_again_when_the
     assert found["a"].cached and not found["board"].cached
     (root / "_build/rows/machine/board.jsonl").write_text("{}")
     assert run(root)["board"].cached, "a chapter's own rows must not make it run again"
+
+
+def test_chapters_that_add_rows_to_one_they_wait_for_are_not_executed_again(book):
+    """Each structure's chapter prunes the model of the training chapter and records that beside its losses."""
+    add = "import os, pathlib\nfolder = pathlib.Path(os.environ['SPARSESURVEY_ROWS'], 'm')\nfolder.mkdir(exist_ok=True, parents=True)"
+    add += "\nprint('{}', file=(folder / 'a.jsonl').open('a'))"
+    root = book(a=notebook(add), b=notebook(add, after=["a"]), c=notebook(add, after=["a"]))
+    assert not any(outcome.cached for outcome in run(root).values())
+    assert all(outcome.cached for outcome in run(root).values())
+    nbformat.write(notebook(add, "print(1)"), root / "notebooks/a.ipynb")
+    assert not any(outcome.cached for outcome in run(root).values()), "what they wait for was executed again"
 
 
 def test_a_failed_chapter_leaves_the_last_executed_one_as_it_was(book):
