@@ -64,7 +64,8 @@ lock:
 	rm -rf _build/lock && $(PYTHON) -m venv _build/lock
 	_build/lock/bin/python -m pip install --quiet "torch==2.13.0" "soupsieve<3" -e ".[book,test]"
 	grep '^#' constraints.txt > _build/constraints.txt
-	_build/lock/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' | grep -v '^nvidia-\|^cuda-\|^triton' >> _build/constraints.txt
+	_build/lock/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' \
+		| grep -v '^nvidia-\|^cuda-\|^triton' >> _build/constraints.txt
 	mv _build/constraints.txt constraints.txt
 	npm install --package-lock-only --ignore-scripts --no-audit --no-fund
 

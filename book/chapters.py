@@ -119,7 +119,8 @@ def digest(files: list[Path], root: Path) -> str:
 
 def foundation(root: Path) -> str:
     """Hash of what every chapter depends on: library, recorded rows, lock, installed versions, Python, this driver."""
-    library = [path for path in (root / "sparsesurvey").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    package = (root / "sparsesurvey").rglob("*")
+    library = [path for path in package if path.is_file() and "__pycache__" not in path.parts]
     locks = [path for name in ("pyproject.toml", "constraints.txt") if (path := root / name).is_file()]
     installed = sorted(f"{dist.name}=={dist.version}" for dist in metadata.distributions())
     here = [platform.python_version(), platform.machine(), str(os.cpu_count()), *installed]
@@ -217,7 +218,8 @@ class Runner:
             report = json.loads((folder / "report.txt").read_text(encoding="utf-8").splitlines()[-1])
         except (ValueError, IndexError):
             tail = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-            report = {"error": f"ended with code {process.returncode} and no report: {' '.join(tail)}"}
+            late = f" after the limit of {self.limit:g} s" if time.monotonic() - begun > self.limit else ""
+            report = {"error": f"ended with code {process.returncode} and no report{late}: {' '.join(tail)}"}
         error = report.pop("error", "")
         seconds = time.monotonic() - begun
         print(f"{name}: {'failed' if error else 'executed'} after {seconds:.1f} s", flush=True)

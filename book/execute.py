@@ -69,7 +69,7 @@ class Clock:
     """Gives each cell what is left of the chapter's time limit, and knows which cell ran last."""
 
     def __init__(self, limit: float) -> None:
-        self.limit, self.end, self.cell = limit, time.monotonic() + limit, None
+        self.end, self.cell = time.monotonic() + limit, None
 
     def __call__(self, cell: Any) -> int:
         self.cell = cell
@@ -95,7 +95,7 @@ def run(source: Path, scratch: Path, parameters: dict[str, Any], limit: float, c
     except papermill.PapermillExecutionError as error:
         raise ChapterError(f"cell {error.cell_index} ({first_line(clock.cell)}): {error.ename}: {error.evalue}")
     except CellTimeoutError:
-        raise ChapterError(f"the limit of {clock.limit:g} s was reached in the cell that begins: {first_line(clock.cell)}")
+        raise ChapterError(f"the limit of {limit:g} s was reached in the cell that begins: {first_line(clock.cell)}")
     except DeadKernelError:
         raise ChapterError(f"the kernel died in the cell that begins: {first_line(clock.cell)}")
     return nbformat.read(scratch, as_version=4)

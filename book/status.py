@@ -25,7 +25,8 @@ def pages(root: Path, device: str, parameters: dict[str, Any], outcomes: list[Ou
     except (CorruptRecord, ValueError) as error:
         raise BookError(str(error))
     now = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"
-    line = f"Built {now} from commit {commit_of(root)} on {machine}, with Python {machine.python}, torch {machine.torch}"
+    line = f"Built {now} from commit {commit_of(root)} on {machine}, with Python {machine.python}"
+    line += f" and torch {machine.torch}"
     texts = {
         "book/index.md": f"{line}: {in_words(rows)}. [What was measured, where and when](status.md).",
         "book/status.md": status(line, machine, parameters, outcomes, rows),
@@ -83,12 +84,13 @@ def status(line: str, machine: Any, parameters: dict[str, Any], outcomes: list[O
         f"{line}. Parameters of the chapters: {chosen}.",
         "## Chapters",
         table(("chapter", "seconds", "largest process", "executed", "in this build"), map(chapter_line, outcomes)),
-        "Seconds and memory are of the whole chapter, start of its kernel included. An unchanged chapter is not executed "
-        "again: neither the notebook nor its parameters, the library, the recorded rows or an installed version changed.",
+        "Seconds and memory are of the whole chapter, start of its kernel included. An unchanged chapter is not "
+        "executed again: neither the notebook nor its parameters, the library, the recorded rows, an installed version "
+        "or a chapter that it waits for changed.",
         "## Numbers",
         table(("chapter", "measured here", "recorded", "stale", "machines", "dates"), row_lines(rows)),
-        "A row is stale when the code that it measured has changed since. Rows measured here are kept between builds and "
-        "measured again when that code changes, or after `make clean`.",
+        "A row is stale when the code that it measured has changed since. Rows measured here are kept between builds "
+        "and measured again when that code changes, or after `make clean`.",
         "## Machine and versions",
         table(("what", "value"), machine_lines(machine)),
     ])
@@ -98,7 +100,8 @@ def chapter_line(outcome: Outcome) -> list[str]:
     name, report = outcome.chapter.name, outcome.report
     peak = f"{report['peak_mib'] / 1024:.1f} GiB"
     when = "unchanged" if outcome.cached else "executed"
-    return [f"[{name}](../{outcome.chapter.page}.ipynb)", f"{report['seconds']:.1f}", peak, moment(report["executed"]), when]
+    link = f"[{name}](../{outcome.chapter.page}.ipynb)"
+    return [link, f"{report['seconds']:.1f}", peak, moment(report["executed"]), when]
 
 
 def moment(date: str) -> str:

@@ -97,7 +97,8 @@ def test_time_limit_is_for_the_chapter_and_names_the_cell(book):
 
 def test_unknown_parameter_fails(book):
     root = book(a=notebook("print(1)"))
-    with pytest.raises(execute.ChapterError, match="unknown parameter 'speed'; the notebook has: device, preset, threads"):
+    message = "unknown parameter 'speed'; the notebook has: device, preset, threads"
+    with pytest.raises(execute.ChapterError, match=message):
         execute.changed(root / "notebooks/a.ipynb", {"speed": 3})
     options = build.arguments(["--root", str(root), "-p", "speed", "3"])
     with pytest.raises(BookError, match="unknown parameter 'speed'"):
@@ -128,7 +129,8 @@ def test_a_parameter_that_is_no_literal_is_refused(book):
 def test_parameters_reach_the_chapter_and_defaults_leave_no_trace(book):
     root = book(a=notebook("print(preset, threads)"))
     run(root)
-    assert [cell.metadata.get("tags") for cell in executed(root, "a").cells if cell.cell_type == "code"] == [["parameters"], []]
+    code = [cell for cell in executed(root, "a").cells if cell.cell_type == "code"]
+    assert [cell.metadata.get("tags") for cell in code] == [["parameters"], []]
     run(root, preset="full", threads=2)
     assert outputs(root, "a")[0].text == "full 2\n"
     injected = [cell for cell in executed(root, "a").cells if "injected-parameters" in cell.metadata.get("tags", [])]
@@ -169,7 +171,8 @@ def test_the_key_covers_parameters_that_the_chapter_has(book, tmp_path):
 def test_a_chapter_after_all_sees_the_rows_of_all_and_is_executed_again_when_they_change(book):
     write = "import os, pathlib\npath = pathlib.Path(os.environ['SPARSESURVEY_ROWS'], 'machine', 'a.jsonl')\n"
     write += "path.parent.mkdir(exist_ok=True, parents=True)\npath.write_text('{}')"
-    read = "import os, pathlib\nprint(sorted(p.name for p in pathlib.Path(os.environ['SPARSESURVEY_ROWS']).rglob('*.jsonl')))"
+    read = "import os, pathlib\nfolder = pathlib.Path(os.environ['SPARSESURVEY_ROWS'])\n"
+    read += "print(sorted(path.name for path in folder.rglob('*.jsonl')))"
     root = book(board=notebook(read, after="all"), a=notebook(write))
     run(root)
     assert outputs(root, "board")[0].text == "['a.jsonl']\n"
@@ -183,8 +186,8 @@ def test_a_chapter_after_all_sees_the_rows_of_all_and_is_executed_again_when_the
 
 def test_chapters_that_add_rows_to_one_they_wait_for_are_not_executed_again(book):
     """Each structure's chapter prunes the model of the training chapter and records that beside its losses."""
-    add = "import os, pathlib\nfolder = pathlib.Path(os.environ['SPARSESURVEY_ROWS'], 'm')\nfolder.mkdir(exist_ok=True, parents=True)"
-    add += "\nprint('{}', file=(folder / 'a.jsonl').open('a'))"
+    add = "import os, pathlib\nfolder = pathlib.Path(os.environ['SPARSESURVEY_ROWS'], 'm')\n"
+    add += "folder.mkdir(exist_ok=True, parents=True)\nprint('{}', file=(folder / 'a.jsonl').open('a'))"
     root = book(a=notebook(add), b=notebook(add, after=["a"]), c=notebook(add, after=["a"]))
     assert not any(outcome.cached for outcome in run(root).values())
     assert all(outcome.cached for outcome in run(root).values())
@@ -233,7 +236,8 @@ def test_what_must_not_be_published_fails_the_chapter(book):
 def test_progress_bars_and_live_controls_are_not_published(book):
     bars = "import sys\nfrom tqdm import tqdm\nfrom tqdm.notebook import tqdm as bar"
     root = book(a=notebook(
-        bars, "for i in tqdm(range(3), disable=False): pass\nprint('kept', file=sys.stderr)", "for i in bar(range(3), disable=False): pass",
+        bars, "for i in tqdm(range(3), disable=False): pass\nprint('kept', file=sys.stderr)",
+        "for i in bar(range(3), disable=False): pass",
         ("import ipywidgets\nipywidgets.interact(lambda x: print(x), x=3);", "live-only"),
     ))
     assert not run(root)["a"].error
@@ -272,7 +276,8 @@ def test_transparent_figures_keep_every_pixel():
 
 
 def test_widgets_that_work_without_a_kernel_are_published(book):
-    source = "import ipywidgets as w\na, b = w.IntSlider(3), w.IntText(3)\nw.jslink((a, 'value'), (b, 'value'))\nw.VBox([a, b])"
+    source = "import ipywidgets as w\na, b = w.IntSlider(3), w.IntText(3)\n"
+    source += "w.jslink((a, 'value'), (b, 'value'))\nw.VBox([a, b])"
     root = book(a=notebook(source))
     assert not run(root)["a"].error
     assert execute.VIEW in outputs(root, "a")[0].data
@@ -311,7 +316,8 @@ def test_what_chapters_wait_for_is_checked(book, after, message):
 
 
 def test_the_chapters_of_this_repository_can_be_ordered():
-    assert [chapter.page for chapter in chapters.chapters(ROOT)] == [p for p in chapters.pages(ROOT) if p.startswith("notebooks/")]
+    found = [chapter.page for chapter in chapters.chapters(ROOT)]
+    assert found == [page for page in chapters.pages(ROOT) if page.startswith("notebooks/")]
 
 
 @pytest.mark.parametrize("words", [["--device", "tpu"], ["--preset", "huge"], ["--threads", "0"], ["--jobs", "-1"],
@@ -359,8 +365,10 @@ def drive(root, *words):
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=lambda how: how.name)
 def test_an_interrupted_build_leaves_no_process_behind(book, how):
-    source = "import os, subprocess, sys, time\nchild = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
-    source += "print(os.getpid(), child.pid, file=open('part', 'w'), flush=True)\nos.rename('part', 'pids')\ntime.sleep(600)"
+    source = "import os, subprocess, sys, time\n"
+    source += "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+    source += "print(os.getpid(), child.pid, file=open('part', 'w'), flush=True)\n"
+    source += "os.rename('part', 'pids')\ntime.sleep(600)"
     root = book(a=notebook(source))
     command = [sys.executable, str(ROOT / "book" / "build.py"), "--root", str(root)]
     driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)

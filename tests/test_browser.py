@@ -213,7 +213,7 @@ def test_explorer_is_usable_by_keyboard(page, site):
         assert shown(page) != before
         unnamed = page.eval_on_selector_all(
             ".sparse-explorer :is(select, input, canvas, button)",
-            "all => all.filter(e => !(e.labels?.length || e.getAttribute('aria-label') || e.textContent.trim())).length",
+            "all => all.filter(e => !(e.labels?.length || e.ariaLabel || e.textContent.trim())).length",
         )
         assert unnamed == 0
 

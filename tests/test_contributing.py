@@ -22,8 +22,8 @@ def test_the_example_passes_every_contract_test(tmp_path):
         shutil.copy(ROOT / "tests" / test, tmp_path / "tests")
     path = tmp_path / "sparsesurvey" / "structures" / f"{name}.py"
     path.write_text(code, encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--doctest-modules", "tests", str(path), "-k", name]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--doctest-modules", "tests", str(path)]
+    done = subprocess.run([*command, "-k", name], cwd=tmp_path, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout[-3000:]
     found = re.search(r"(\d+) passed", done.stdout)
@@ -33,7 +33,8 @@ def test_the_example_passes_every_contract_test(tmp_path):
 def test_every_file_that_the_guides_name_is_there():
     for guide in ("README.md", "CONTRIBUTING.md"):
         text = (ROOT / guide).read_text(encoding="utf-8")
-        named = set(re.findall(r"`((?:sparsesurvey|tests|book|notebooks)/[\w./-]+\.\w+|[\w-]+\.(?:toml|yml|txt|json))`", text))
+        paths = r"`((?:sparsesurvey|tests|book|notebooks)/[\w./-]+\.\w+|[\w-]+\.(?:toml|yml|txt|json))`"
+        named = set(re.findall(paths, text))
         missing = {name for name in named if not (ROOT / name).exists() and "columns" not in name}
         assert not missing, guide
 

@@ -1,5 +1,6 @@
 """The explorer's chapter live in JupyterLab: every cell runs, and a control that moves reaches Python."""
 
+import json
 import os
 import secrets
 import shutil
@@ -60,9 +61,11 @@ def lab(tmp_path, deadline):
     shutil.copy(NOTEBOOK, work)
     config = tmp_path / "config" / "labconfig"
     config.mkdir(parents=True)
-    (config / "page_config.json").write_text('{"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": true}}')
+    news = "@jupyterlab/apputils-extension:announcements"
+    (config / "page_config.json").write_text(json.dumps({"disabledExtensions": {news: True}}))
     folders = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data", "JUPYTER_RUNTIME_DIR": "runtime",
-               "JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces", "IPYTHONDIR": "ipython"}
+               "JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
+               "IPYTHONDIR": "ipython"}
     own = {name: str(tmp_path / folder) for name, folder in folders.items()}
     port, token = free_port(), secrets.token_hex(16)
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--allow-root",
@@ -109,14 +112,11 @@ def test_explorer_is_live_in_jupyterlab(chromium, lab, watch, deadline):
     page = chromium.new_page(viewport={"width": 1400, "height": 1000})
     watched = watch(page)
     page.goto(f"http://127.0.0.1:{port}/lab/workspaces/t{token[:8]}/tree/{NOTEBOOK.name}?token={token}&reset")
-    page.wait_for_function(
-        "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'", timeout=left(deadline)
-    )
+    idle = "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
+    page.wait_for_function(idle, timeout=left(deadline))
     page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
     page.wait_for_selector(".sparse-explorer select", timeout=left(deadline))
-    page.wait_for_function(
-        "window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.status === 'idle'", timeout=left(deadline)
-    )
+    page.wait_for_function(idle, timeout=left(deadline))
     assert page.locator(".jp-Notebook [data-mime-type='application/vnd.jupyter.error']").count() == 0
     before = page.evaluate(ASK, INDEX)
     assert before.isdigit(), before

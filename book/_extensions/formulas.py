@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+from html import escape
 from pathlib import Path
 
 from docutils import nodes
@@ -35,7 +36,7 @@ class Renderer:
         answer = json.loads(self.process.stdout.readline())
         if "error" in answer:
             LOGGER.warning("formula %r: %s", tex, answer["error"], location=node)
-        return answer.get("html") or nodes.literal("", tex).astext()
+        return answer.get("html") or escape(tex)
 
     def close(self) -> None:
         self.process.stdin.close()
