@@ -363,7 +363,7 @@ def drive(root, *words):
     return subprocess.run(command, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=lambda how: how.name)
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL], ids=lambda how: how.name)
 def test_an_interrupted_build_leaves_no_process_behind(book, how):
     source = "import os, subprocess, sys, time\n"
     source += "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
@@ -373,9 +373,12 @@ def test_an_interrupted_build_leaves_no_process_behind(book, how):
     command = [sys.executable, str(ROOT / "book" / "build.py"), "--root", str(root)]
     driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     pids = root / "_build" / "work" / "a" / "pids"
-    assert soon(pids.exists, 60)
-    driver.send_signal(how)
-    driver.wait(30)
+    try:
+        assert soon(pids.exists, 60)
+        driver.send_signal(how)
+        driver.wait(30)
+    finally:
+        driver.kill()
     started = [int(pid) for pid in pids.read_text().split()]
     assert soon(lambda: not any(runs(pid) for pid in started), 20)
 
