@@ -194,7 +194,7 @@ def speedups(rows: Iterable[Measurement], bound: Mapping[str, float] | None = No
         return empty("no speed-up has been measured yet")
     lines = {title: list(dict.fromkeys(map(_line, group))) for title, group in panels.items()}
     counts = [len(names) + 1 for names in lines.values()]
-    figure, axes = plt.subplots(len(panels), 1, figsize=(7.4, 0.8 + 0.42 * sum(counts)), squeeze=False, height_ratios=counts)
+    figure, axes = plt.subplots(len(panels), 1, figsize=(7.4, 0.8 + 0.42 * sum(counts)), squeeze=False, sharex=True, height_ratios=counts)
     kernels = list(dict.fromkeys(row.method for row in rows))
     for ax, (title, group) in zip(axes[:, 0], panels.items()):
         for row in group:
