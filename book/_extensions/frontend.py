@@ -11,10 +11,11 @@ from sphinx.application import Sphinx
 from sphinx.config import Config
 
 VENDORED = ("require.js", "embed-amd.js", "anywidget.js", "katex/katex.min.js", "katex/katex.min.css")
-WIDGETS = {  # the order matters
-    "vendor/require.js": {},
-    "widgets-config.js": {},
-    "vendor/embed-amd.js": {"data-jupyter-widgets-cdn": "about:blank/"},  # an unknown module must not go to a CDN
+LATER = {"defer": "defer"}  # the page shows before 3.6 MB of script are read; deferred scripts keep their order
+WIDGETS = {
+    "vendor/require.js": LATER,
+    "widgets-config.js": LATER,
+    "vendor/embed-amd.js": {**LATER, "data-jupyter-widgets-cdn": "about:blank/"},  # unknown modules: not from a CDN
 }
 ANNOUNCEMENT = (
     "This copy was built without npm: formulas and widgets are loaded from a public CDN and do not work offline."
