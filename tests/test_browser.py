@@ -36,6 +36,8 @@ def site():
         absent("there is no built book: run make book first")
     old = [name for name in PAGES if not (HTML / f"{name}.html").is_file()]
     assert not old, f"the built book has no {', '.join(old)}: run make book again"
+    if "built without npm" in (HTML / f"{PAGES[0]}.html").read_text(encoding="utf-8"):
+        absent("the book was built without npm: its pages load files from the public CDN")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=HTML))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
