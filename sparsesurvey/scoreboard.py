@@ -56,19 +56,19 @@ def fastest(rows: Iterable[Measurement], product: str = "spmm") -> pd.DataFrame:
     best: dict[tuple, dict[bool, Measurement]] = {}
     for row in rows:
         if row.metric == "speedup" and row.at.get("product") == product and row.structure != "dense":
-            case = (row.structure, row.at["tokens"], f"{row.at['out']} x {row.at['in']}", f"{row.machine}, {row.origin} {row.date[:10]}")
+            case = (row.structure, f"{row.at['tokens']} tokens, {row.at['out']} x {row.at['in']}", f"{row.machine}, {row.origin} {row.date[:10]}")
             library = row.method.split("_")[0] in LIBRARIES
             held = best.setdefault(case, {}).get(library)
             if held is None or row.value > held.value:
                 best[case][library] = row
     lines = []
     for case, found in best.items():
-        line = dict(zip(("structure", "tokens", "weight", "measured"), case))
+        line = dict(zip(("structure", "case", "measured"), case))
         for library, label in ((False, "ours"), (True, "library")):
             row = found.get(library)
             line[label] = "" if row is None else f"{row.value:.2f} ({row.low:.2f} to {row.high:.2f}) {row.method}{' stale' * row.stale}"
         lines.append(line)
-    return unnumbered(pd.DataFrame(lines, columns=["structure", "tokens", "weight", "ours", "library", "measured"]))
+    return unnumbered(pd.DataFrame(lines, columns=["structure", "case", "ours", "library", "measured"]))
 
 
 def price(gaps: pd.DataFrame) -> Figure:
