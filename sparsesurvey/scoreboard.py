@@ -11,7 +11,6 @@ from sparsesurvey.pruning import channel_scaled, gaussian, retention
 from sparsesurvey.records import Measurement
 from sparsesurvey.roofline import Roofline
 from sparsesurvey.structure import Pattern, Shape, Structure
-from sparsesurvey.tables import unnumbered
 
 LIBRARIES = ("torch", "scipy", "cusparselt", "cusparse", "cutlass")  # a kernel that only calls one bears its name
 
@@ -52,23 +51,23 @@ def permitted(structures: Iterable[Pattern], roofline: Roofline, tokens: Sequenc
 
 
 def fastest(rows: Iterable[Measurement], product: str = "spmm") -> pd.DataFrame:
-    """The fastest kernel of ours and the fastest of a library, as times dense, for each structure, case and machine."""
+    """The fastest kernel of ours and the fastest of a library, as times dense with its range, by machine and structure."""
     best: dict[tuple, dict[bool, Measurement]] = {}
     for row in rows:
         if row.metric == "speedup" and row.at.get("product") == product and row.structure != "dense":
-            case = (row.structure, f"{row.at['tokens']} tokens, {row.at['out']} x {row.at['in']}", f"{row.machine}, {row.origin} {row.date[:10]}")
+            where = f"{row.machine}, {row.origin} {row.date[:10]}"
+            case = (where, row.structure, f"{row.at['tokens']}, {row.at['out']} x {row.at['in']}")
             library = row.method.split("_")[0] in LIBRARIES
             held = best.setdefault(case, {}).get(library)
             if held is None or row.value > held.value:
                 best[case][library] = row
-    lines = []
-    for case, found in best.items():
-        line = dict(zip(("structure", "case", "measured"), case))
-        for library, label in ((False, "ours"), (True, "library")):
-            row = found.get(library)
-            line[label] = "" if row is None else f"{row.value:.2f} ({row.low:.2f} to {row.high:.2f}) {row.method}{' stale' * row.stale}"
-        lines.append(line)
-    return unnumbered(pd.DataFrame(lines, columns=["structure", "case", "ours", "library", "measured"]))
+    columns = ["measured", "structure", "tokens, weight", "ours", "library"]
+    lines = [(*case, *(_times(found.get(library)) for library in (False, True))) for case, found in best.items()]
+    return pd.DataFrame(lines, columns=columns).set_index(["measured", "structure"]).rename_axis([None, None])
+
+
+def _times(row: Measurement | None) -> str:
+    return "" if row is None else f"{row.value:.2g} ({row.low:.2g} to {row.high:.2g}) {row.method}{' stale' * row.stale}"
 
 
 def price(gaps: pd.DataFrame) -> Figure:

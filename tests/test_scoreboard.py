@@ -64,7 +64,8 @@ def test_fastest_of_ours_and_of_a_library():
     rows = [speedup(block, "gather", 3.0), speedup(block, "tiled", 2.0), speedup(block, "torch_bsr", 1.5),
             speedup(block, "scipy_bsr", 0.2), speedup(block, "gather", 9.0, product="sddmm")]
     frame = scoreboard.fastest(rows)
-    assert len(frame) == 1 and frame["ours"].iloc[0].startswith("3.00") and "torch_bsr" in frame["library"].iloc[0]
+    assert len(frame) == 1 and frame["ours"].iloc[0] == "3 (2.7 to 3.3) gather" and "torch_bsr" in frame["library"].iloc[0]
+    assert str(MACHINE) in frame.index[0][0] and frame.index[0][1] == str(block)
     assert scoreboard.fastest([]).empty
 
 
