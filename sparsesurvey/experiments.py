@@ -30,6 +30,7 @@ from sparsesurvey.data import Language, markov, windows
 from sparsesurvey.linear import densify, sparsify
 from sparsesurvey.measure import Machine, Measurement, code_of, live
 from sparsesurvey.measure import record as write_row
+from sparsesurvey.measure import recorded as shipped
 from sparsesurvey.mistral import build
 from sparsesurvey.recipes import Recipe, Score, Static
 from sparsesurvey.scores import magnitude
@@ -110,11 +111,21 @@ class Job:
                                           source=SOURCE, machine=machine, code=self.code)
 
     def recorded(self, folder: str | Path | None) -> list[Measurement]:
-        """The validation losses of this run that are in the record, by step."""
-        slug, settings, steps = _slug(self.config.device), self.at().items(), set(self.evaluations)
-        mine = (LOSS, self.name, self.method, self.code, slug)
-        found = [row for row in live(CHAPTER, folder)
-                 if (row.metric, row.structure, row.method, row.code, row.machine.slug) == mine
+        """The validation losses of this run on this machine that are in the record, by step."""
+        slug = _slug(self.config.device)
+        return self._mine(row for row in live(CHAPTER, folder) if row.machine.slug == slug)
+
+    def shipped(self) -> list[Measurement]:
+        """The validation losses of this run that come with the package, of one machine that recorded all of them, or none."""
+        found: dict[str, list[Measurement]] = {}
+        for row in self._mine(shipped(CHAPTER)):
+            found.setdefault(row.machine.slug, []).append(row)
+        return next((rows for rows in found.values() if len(rows) == len(self.evaluations)), [])
+
+    def _mine(self, rows: Iterable[Measurement]) -> list[Measurement]:
+        settings, steps = self.at().items(), set(self.evaluations)
+        mine = (LOSS, self.name, self.method, self.code)
+        found = [row for row in rows if (row.metric, row.structure, row.method, row.code) == mine
                  and settings <= row.at.items() and row.at.get("step") in steps]
         return sorted(found, key=lambda row: row.at["step"])
 
@@ -173,7 +184,7 @@ def runs_folder() -> Path:
 
 def loss_curves(structures: Iterable[Pattern], seeds: Sequence[int] = (0, 1, 2), language: Language | None = None,
                 model: str = "markov", config: TrainConfig = TrainConfig(), recipe: Recipe = Static(), record: str = "",
-                workers: int | None = None, progress: bool = True) -> list[Measurement]:
+                workers: int | None = None, progress: bool = True, reuse: bool = False) -> list[Measurement]:
     """Validation loss against steps of every structure and seed: rows, trained now unless they are in the record.
 
     All structures of a seed start from the same dense weights and see the same batches and validation windows, so
@@ -184,6 +195,7 @@ def loss_curves(structures: Iterable[Pattern], seeds: Sequence[int] = (0, 1, 2),
         language: what is learnt, ``markov()`` by default.
         record: the folder that rows are looked for in and added to; empty for the live one.
         workers: processes; by default a core each, at most 8. One, or a GPU, trains in this process.
+        reuse: be content with the rows of a run that come with the package, whichever machine they are of.
 
     Raises:
         ValueError: no structure or seed, a model that a structure does not divide.
@@ -193,7 +205,8 @@ def loss_curves(structures: Iterable[Pattern], seeds: Sequence[int] = (0, 1, 2),
     jobs = [Job(structure, seed, language, model, config, recipe) for structure in structures for seed in seeds]
     if not jobs:
         raise ValueError("structures and seeds must not be empty")
-    todo = [job for job in jobs if not job.done(record)]
+    held = {job: job.shipped() for job in jobs if reuse and not job.done(record)}
+    todo = [job for job in jobs if not job.done(record) and not held.get(job)]
     for job in {job.structure: job for job in todo}.values():
         job.start()  # a structure that does not divide the model is an error now, not after minutes
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -203,7 +216,7 @@ def loss_curves(structures: Iterable[Pattern], seeds: Sequence[int] = (0, 1, 2),
             run(job, record)
     else:
         _side_by_side(todo, record, workers, progress)
-    return [row for job in jobs for row in job.recorded(record)]
+    return [row for job in jobs for row in held.get(job) or job.recorded(record)]
 
 
 def _side_by_side(jobs: list[Job], folder: str, workers: int, progress: bool) -> None:

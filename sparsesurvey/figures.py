@@ -126,7 +126,7 @@ def storage(structures: Sequence[Structure], shape: Shape, itemsize: int = 2, ax
     ax = ax or plt.figure().add_subplot()
     names = [str(structure) for structure in structures]
     size = shape[0] * shape[1]
-    values = np.array([8 * itemsize * structure.nnz(shape) / size for structure in structures])
+    values = np.array([structure.value_bits(shape, itemsize) / size for structure in structures])
     index = np.array([structure.index_bits(shape) / size for structure in structures])
     ax.bar(names, values, color=[colour(name) for name in names])
     bars = ax.bar(names, index, bottom=values, color=[colour(name) for name in names], alpha=0.45, hatch="///", edgecolor="white")

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil, log2, prod
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,7 +81,13 @@ class Structure(ABC):
     their products as methods named ``spmm_*``, ``spmmt_*`` and ``sddmm_*`` (see ``PRODUCTS``), each of which takes
     a packed operand and returns a plan: ``run = structure.spmm_gather(packed); y = run(x)``. Making the plan does
     the layout; running it takes any number of tokens, returns a new tensor and is not recorded by autograd.
+
+    A structure that is no ``Pattern`` has no mask: any finite weight can be packed, and what comes back, ``project``,
+    is the member that ``pack`` chose to stand for it. Where a member can be told from its entries (``exact``), packing
+    it again gives it back up to rounding.
     """
+
+    exact: ClassVar[bool] = True
 
     @classmethod
     def variants(cls) -> tuple[Structure, ...]:
@@ -104,11 +110,26 @@ class Structure(ABC):
 
     @abstractmethod
     def pack(self, weight: Tensor) -> Any:
-        """Weight ``[out, in]`` to a NamedTuple of tensors, ``values`` first; ValueError if it is no member."""
+        """Weight ``[out, in]`` to a NamedTuple of tensors, ``values`` first; a Pattern raises ValueError if it is no member.
+
+        A field may be a packed operand itself, of an inner structure; its ``values`` are then those of the whole.
+        """
 
     @abstractmethod
     def unpack(self, packed: Any) -> Tensor:
         """The weight ``[out, in]`` that was packed, exactly; ValueError if ``packed`` is corrupt."""
+
+    def project(self, weight: Tensor) -> Tensor:
+        """The member ``[out, in]`` that stands for any finite weight: what is kept of it, or its approximation."""
+        return self.unpack(self.pack(weight))
+
+    def forward_weight(self, packed: Any) -> Tensor:
+        """The weight ``[out, in]`` of the forward product: ``unpack(packed)``, unless the two directions are pruned apart."""
+        return self.unpack(packed)
+
+    def backward_weight(self, packed: Any) -> Tensor:
+        """The weight ``[out, in]`` of the input gradient: ``unpack(packed)``, unless the two directions are pruned apart."""
+        return self.unpack(packed)
 
     @abstractmethod
     def nnz(self, shape: Shape) -> int:
@@ -118,12 +139,15 @@ class Structure(ABC):
     def index_bits(self, shape: Shape) -> int:
         """Bits of everything that is stored beside the values: indices, pointers, masks, padding."""
 
+    def value_bits(self, shape: Shape, itemsize: int = 2) -> int:
+        """Bits of the stored weights where one of the layer's numbers has ``itemsize`` bytes."""
+        return 8 * itemsize * self.nnz(shape)
+
     def cost(self, shape: Shape, tokens: int, itemsize: int = 2) -> Cost:
         """The least that ``y = x @ W.T`` must do: 2 FLOP per token and stored weight, each byte moved once."""
         out, inn = self.check_shape(shape)
-        stored = self.nnz((out, inn))
-        weight_bytes = stored * itemsize + ceil(self.index_bits((out, inn)) / 8)
-        return Cost(2 * tokens * stored, weight_bytes, tokens * (out + inn) * itemsize)
+        weight_bytes = ceil(self.value_bits((out, inn), itemsize) / 8) + ceil(self.index_bits((out, inn)) / 8)
+        return Cost(2 * tokens * self.nnz((out, inn)), weight_bytes, tokens * (out + inn) * itemsize)
 
     def facts(self) -> Facts:
         """What hardware can make of this structure, and how a reader is told why a weight is kept."""
@@ -142,27 +166,24 @@ class Structure(ABC):
 
     def spmm_reference(self, packed: Any) -> Plan:
         """Forward product through the unpacked weight: slow, obviously right."""
-        weight = self.unpack(packed).detach()
+        weight = self.forward_weight(packed).detach()
         return lambda x: check_activations("x", x, weight.shape[1], weight) @ weight.T
 
     def spmmt_reference(self, packed: Any) -> Plan:
         """Input gradient ``dy @ W`` through the unpacked weight."""
-        weight = self.unpack(packed).detach()
+        weight = self.backward_weight(packed).detach()
         return lambda dy: check_activations("dy", dy, weight.shape[0], weight) @ weight
 
     def sddmm_reference(self, packed: Any) -> Plan:
-        """Weight gradient at the stored weights, in the layout of ``packed.values``, from the dense gradient."""
-        values = packed.values
-        number = torch.arange(1, values.numel() + 1, dtype=torch.float64, device=values.device)
-        place = self.unpack(packed._replace(values=number.view_as(values)))  # [out, in], 0 where nothing is stored
-        stored = place > 0
-        order = place[stored].long() - 1
+        """Gradient of the stored values, in their layout: autograd through ``unpack``, from the dense gradient."""
+        values = packed.values.detach()
+        unpacked = lambda values: self.unpack(packed._replace(values=values))
+        shape = unpacked(values).shape
 
         def run(dy: Tensor, x: Tensor) -> Tensor:
-            dy, x = check_pair(dy, x, place.shape, values)
-            gradient = torch.empty(values.numel(), dtype=dy.dtype, device=dy.device)
-            gradient[order] = (dy.T @ x)[stored]
-            return gradient.view(values.shape)
+            dy, x = check_pair(dy, x, shape, values)
+            with torch.enable_grad():
+                return torch.autograd.functional.vjp(unpacked, values, dy.T @ x)[1]
 
         return run
 
@@ -181,8 +202,17 @@ class Pattern(Structure):
         """The definition: does a boolean ``[out, in]`` mask keep only what this structure may keep?"""
 
     @abstractmethod
+    def select(self, scores: Tensor) -> Tensor:
+        """``mask`` without its checks, for scores that are known to be fit: nothing here waits for a device."""
+
     def mask(self, scores: Tensor) -> Tensor:
-        """Choose what to keep: finite ``[out, in]`` scores to a boolean mask for which ``holds`` is true."""
+        """Choose what to keep: finite ``[out, in]`` scores to a boolean mask for which ``holds`` is true, by ``select``."""
+        return self.select(self.check_scores(scores))
+
+    def project(self, weight: Tensor) -> Tensor:
+        """What of the weight is kept by magnitude, zeros elsewhere."""
+        check_weight(weight)
+        return weight * self.mask(weight.abs())
 
     def nnz(self, shape: Shape) -> int:
         return round(self.density * prod(self.check_shape(shape)))
@@ -192,6 +222,22 @@ class Pattern(Structure):
         self.check_member(weight)
         kept = weight != 0
         return kept if int(kept.count_nonzero()) == self.nnz(weight.shape) else self.mask(kept.float())
+
+    def sddmm_reference(self, packed: Any) -> Plan:
+        """Weight gradient at the stored weights, in the layout of ``packed.values``, from the dense gradient."""
+        values = packed.values
+        number = torch.arange(1, values.numel() + 1, dtype=torch.float64, device=values.device)
+        place = self.unpack(packed._replace(values=number.view_as(values)))  # [out, in], 0 where nothing is stored
+        stored = place > 0
+        order = place[stored].long() - 1
+
+        def run(dy: Tensor, x: Tensor) -> Tensor:
+            dy, x = check_pair(dy, x, place.shape, values)
+            gradient = dy.new_zeros(values.numel())  # padding that stands nowhere has none
+            gradient[order] = (dy.T @ x)[stored]
+            return gradient.view(values.shape)
+
+        return run
 
     def check_member(self, weight: Tensor) -> Tensor:
         """Return the finite float weight ``[out, in]``, or raise ValueError where it breaks the pattern."""
@@ -366,5 +412,6 @@ def expand_rows(columns: Tensor, row_pointers: Tensor, rows: int, cols: int) -> 
 
 
 def stored_bytes(packed: NamedTuple) -> int:
-    """Bytes of the tensors of a packed operand."""
-    return sum(part.numel() * part.element_size() for part in packed if isinstance(part, Tensor))
+    """Bytes of the tensors of a packed operand; the values of an operand inside it are its own and count once."""
+    inner = [part._replace(values=None) for part in packed if hasattr(part, "_replace")]
+    return sum(map(stored_bytes, inner)) + sum(part.nbytes for part in packed if isinstance(part, Tensor))

@@ -39,14 +39,15 @@ def random(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def member(structure: Pattern, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    weight = random(shape_of(structure), dtype, seed)
-    return weight * structure.mask(weight.abs())
+def member(structure: Structure, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return structure.project(random(shape_of(structure), dtype, seed))
 
 
-def few(structure: Pattern, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Members with fewer non-zeros than may be: a few zeros, empty rows, a single weight, none."""
+def few(structure: Structure, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Members with fewer non-zeros than may be: a few zeros, empty rows, a single weight, none. Without a mask, only none."""
     weight = member(structure, dtype)
+    if not isinstance(structure, Pattern):
+        return [structure.project(torch.zeros_like(weight))] * 4
     thinned = weight * (random(weight.shape, seed=1) > 0)
     rows = weight.clone()
     rows[: len(rows) // 2] = 0
@@ -98,6 +99,31 @@ def test_large_shapes_come_close_to_the_density(structure):
 
 
 @every_pattern
+@every_dtype
+def test_select_waits_for_no_device(structure, dtype):
+    """On the meta device there are no numbers to wait for: whatever depends on them, a sync or a shape, fails here."""
+    scores = torch.empty(shape_of(structure), dtype=dtype, device="meta")
+    mask = structure.select(scores)
+    assert mask.shape == scores.shape and mask.dtype == torch.bool and mask.device == scores.device
+    real = random(scores.shape, dtype).abs()
+    assert torch.equal(structure.select(real), structure.mask(real))
+
+
+@every_structure
+def test_project_is_close_to_the_weight_and_leaves_members_alone(structure):
+    weight = random(shape_of(structure), torch.float64)
+    before = weight.clone()
+    near = structure.project(weight)
+    assert near.shape == weight.shape and near.dtype == weight.dtype and torch.equal(weight, before)
+    lost = (weight - near).square().sum()
+    assert lost < weight.square().sum(), "something is kept"
+    if isinstance(structure, Pattern):
+        assert torch.equal(near, weight * structure.mask(weight.abs()))
+    again = (structure.project(near) - near).square().sum()
+    assert again <= (1e-24 * near.square().sum() if structure.exact else 0.1 * lost)
+
+
+@every_pattern
 def test_holds_is_closed_under_dropping_and_not_under_adding(structure):
     shape = shape_of(structure)
     mask = structure.mask(random(shape))
@@ -137,32 +163,50 @@ def test_no_mask_of_a_small_matrix_keeps_more(structure):
 
 @every_pattern
 @every_dtype
-def test_pack_and_unpack_are_exact_and_cost_what_they_say(structure, dtype):
-    shape = shape_of(structure)
+def test_pack_and_unpack_are_exact(structure, dtype):
     for weight in member(structure, dtype), *few(structure, dtype):
         packed = structure.pack(weight)
-        assert packed._fields[0] == "values" and packed.values.dtype == dtype
-        assert packed.values.numel() == structure.nnz(shape)
+        assert packed.values.dtype == dtype and packed.values.numel() == structure.nnz(weight.shape)
         assert torch.equal(structure.unpack(packed), weight)
-        assert stored_bytes(packed) == structure.cost(shape, 1, dtype.itemsize).weight_bytes
+        assert torch.equal(structure.forward_weight(packed), weight)
+
+
+@every_structure
+@every_dtype
+def test_what_is_stored_costs_what_it_says(structure, dtype):
+    for weight in member(structure, dtype), *few(structure, dtype):
+        packed = structure.pack(weight)
+        assert packed._fields[0] == "values" and structure.unpack(packed).dtype == dtype
+        assert stored_bytes(packed) == structure.cost(weight.shape, 1, dtype.itemsize).weight_bytes
         strided = structure.pack(weight.T.contiguous().T)
-        assert all(torch.equal(a, b) for a, b in zip(strided, packed) if isinstance(a, Tensor))
+        assert all(torch.equal(a, b) for (_, a, _), (_, b, _) in zip(tensors(strided), tensors(packed), strict=True))
 
 
-@every_pattern
+def tensors(packed, change=lambda new: new):
+    """Each tensor of an operand, of inner ones too: its name, itself, and the operand with another in its place."""
+    for name, part in packed._asdict().items():
+        put = lambda new, name=name: change(packed._replace(**{name: new}))
+        if isinstance(part, Tensor):
+            yield name, part, put
+        elif hasattr(part, "_replace"):  # the values of an inner operand are those of the whole
+            yield from ((inner, *rest) for inner, *rest in tensors(part, put) if inner != "values")
+
+
+@every_structure
 def test_cost_counts_two_flops_a_token_and_stored_weight(structure):
     out, inn = shape = shape_of(structure)
     cost = structure.cost(shape, tokens=10, itemsize=2)
     assert cost.flops == 20 * structure.nnz(shape)
     assert cost.io_bytes == 20 * (out + inn)
-    assert 8 * (cost.weight_bytes - 2 * structure.nnz(shape)) == 8 * math.ceil(structure.index_bits(shape) / 8)
+    stored = math.ceil(structure.value_bits(shape, 2) / 8) + math.ceil(structure.index_bits(shape) / 8)
+    assert cost.weight_bytes == stored
 
 
-@every_pattern
+@every_structure
 def test_pack_does_not_alias_the_weight(structure):
     weight = member(structure)
     packed = structure.pack(weight)
-    before = weight.clone()
+    before = structure.unpack(packed)
     weight.zero_()
     assert torch.equal(structure.unpack(packed), before)
 
@@ -175,26 +219,27 @@ def test_pack_refuses_what_is_no_member(structure):
         structure.pack(random(shape_of(structure)))
 
 
-@every_pattern
+@every_structure
 def test_a_tampered_operand_is_refused_or_still_a_member(structure):
     packed = structure.pack(member(structure))
-    for name, part in packed._asdict().items():
-        if not isinstance(part, Tensor) or not part.numel():
+    for name, part, put in tensors(packed):
+        if not part.numel():
             continue
-        if name != "values":
+        if not part.is_floating_point():
             with pytest.raises(ValueError, match=f"packed.{name}"):
-                structure.unpack(packed._replace(**{name: part.to(torch.float32)}))
+                structure.unpack(put(part.to(torch.float32)))
         if "shape" in packed._fields:
             for cut in part[:-1], part.unsqueeze(0), part.flatten()[1:]:
                 with pytest.raises(ValueError, match="packed."):
-                    structure.unpack(packed._replace(**{name: cut}))
-        for wrong in wrong_contents(part) if name != "values" else ():
+                    structure.unpack(put(cut))
+        for wrong in wrong_contents(part) if not part.is_floating_point() else ():
             try:
-                weight = structure.unpack(packed._replace(**{name: wrong}))
+                weight = structure.unpack(put(wrong))
             except ValueError as error:
                 assert "packed." in str(error)
             else:
-                assert structure.holds(weight != 0)
+                assert weight.isfinite().all()
+                assert not isinstance(structure, Pattern) or structure.holds(weight != 0)
 
 
 def wrong_contents(part: Tensor) -> list[Tensor]:
@@ -218,13 +263,23 @@ def operands(structure: Structure, product: str, tokens: int, dtype: torch.dtype
 
 
 def expected(structure: Structure, packed, product: str, inputs: tuple[Tensor, ...]) -> Tensor:
-    """The product in float64 from the unpacked weight; the weight gradient where something is stored, [out, in]."""
-    weight = structure.unpack(packed).double()
+    """The product in float64 from the unpacked weight; the weight gradient where something is stored, [out, in], or that
+    of the values of a structure without a mask.
+    """
     wide = [part.double() for part in inputs]
-    if product == "sddmm":
+    if product != "sddmm":
+        weight = structure.forward_weight(packed).T if product == "spmm" else structure.backward_weight(packed)
+        return wide[0] @ weight.double()
+    if has_places(structure):
         stored = structure.unpack(packed._replace(values=torch.ones_like(packed.values))) != 0
         return wide[0].T @ wide[1] * stored
-    return wide[0] @ (weight.T if product == "spmm" else weight)
+    unpacked = lambda values: structure.unpack(packed._replace(values=values))
+    return torch.autograd.functional.vjp(unpacked, packed.values.double(), wide[0].T @ wide[1])[1]
+
+
+def has_places(structure: Structure) -> bool:
+    """Is each stored value the weight of one place in the matrix, or of one in either of two directions?"""
+    return isinstance(structure, Pattern) or type(structure).forward_weight is not Structure.forward_weight
 
 
 def plan_or_skip(structure: Structure, product: str, kernel: str, packed):
@@ -239,10 +294,11 @@ def check(structure, packed, product, run, inputs) -> None:
     copies = [part.clone() for part in inputs]
     got, want = run(*inputs), expected(structure, packed, product, inputs)
     assert all(torch.equal(part, copy) for part, copy in zip(inputs, copies)), "the input was written to"
-    dtype = packed.values.dtype
+    dtype = structure.unpack(packed).dtype
     assert got.dtype == dtype and not got.requires_grad
     if product == "sddmm":
         assert got.shape == packed.values.shape
+    if product == "sddmm" and has_places(structure):
         got = structure.unpack(packed._replace(values=got))
     assert got.shape == want.shape
     scale = max(1.0, float(want.abs().max())) if want.numel() else 1.0
@@ -325,8 +381,9 @@ def test_kernels_are_the_methods_of_their_product(structure):
 @every_structure
 def test_impossible_parameters_fail_at_construction(structure):
     for field in dataclasses.fields(structure):
-        wrong = [0, -1, True, None, "2", [1], float("nan"), float("inf")]
-        wrong += [1.5, 1.0] if isinstance(getattr(structure, field.name), int) else [-0.5, 1.0001]
+        good = getattr(structure, field.name)
+        wrong = [0, -1, None, "2", [1], object(), float("nan"), float("inf"), -0.5, 1.0001] + [True] * (type(good) is not bool)
+        wrong += [1.5, 1.0] if isinstance(good, int) else []
         for value in wrong:
             with pytest.raises(ValueError, match=f"^{field.name} must be"):
                 dataclasses.replace(structure, **{field.name: value})
@@ -340,7 +397,7 @@ def test_n_of_m_needs_n_at_most_m(structure):
         dataclasses.replace(structure, n=structure.m + 1)
 
 
-@every_pattern
+@every_structure
 def test_shapes_that_do_not_divide_fail_at_first_use(structure):
     rows, cols = structure.tile
     bad = [(0, cols), (rows, 0)] + [(rows + 1, cols)] * (rows > 1) + [(rows, cols + 1)] * (cols > 1)
@@ -349,15 +406,19 @@ def test_shapes_that_do_not_divide_fail_at_first_use(structure):
             structure.nnz(shape)
         with pytest.raises(ValueError, match="shape"):
             structure.cost(shape, 1)
-        for use, argument in ((structure.mask, torch.ones(shape)), (structure.pack, torch.zeros(shape)),
-                              (structure.holds, torch.zeros(shape, dtype=torch.bool))):
+        uses = [(structure.pack, torch.zeros(shape)), (structure.project, torch.zeros(shape))]
+        if isinstance(structure, Pattern):
+            uses += [(structure.mask, torch.ones(shape)), (structure.holds, torch.zeros(shape, dtype=torch.bool))]
+        for use, argument in uses:
             with pytest.raises(ValueError, match="shape"):
                 use(argument)
 
 
-@every_pattern
-@pytest.mark.parametrize("use, name", [("mask", "scores"), ("pack", "weight")])
+@every_structure
+@pytest.mark.parametrize("use, name", [("mask", "scores"), ("pack", "weight"), ("project", "weight")])
 def test_only_finite_float_matrices_are_weights_and_scores(structure, use, name):
+    if use == "mask" and not isinstance(structure, Pattern):
+        pytest.skip("chooses nothing from scores")
     shape = shape_of(structure)
     zeros = torch.zeros(shape)
     for value in math.nan, math.inf, -math.inf:

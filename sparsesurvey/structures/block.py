@@ -116,9 +116,9 @@ class Block(Pattern):
         kept = tiles(self.check_mask(mask), self.rows, self.cols).any(-2).any(-1)
         return int(kept.count_nonzero()) <= self.blocks(mask.shape)
 
-    def mask(self, scores: Tensor) -> Tensor:
+    def select(self, scores: Tensor) -> Tensor:
         """The blocks with the highest sums of scores, which is optimal for the sum of all kept scores."""
-        wide = torch.promote_types(self.check_scores(scores).dtype, torch.float32)
+        wide = torch.promote_types(scores.dtype, torch.float32)
         sums = tiles(scores, self.rows, self.cols).sum((-2, -1), dtype=wide)
         kept = top(sums.flatten(), self.blocks(scores.shape)).view(sums.shape)
         return kept.repeat_interleave(self.rows, 0).repeat_interleave(self.cols, 1)

@@ -34,8 +34,8 @@ class Dense(Pattern):
     def holds(self, mask: Tensor) -> bool:
         return self.check_mask(mask).dim() == 2
 
-    def mask(self, scores: Tensor) -> Tensor:
-        return torch.ones_like(self.check_scores(scores), dtype=torch.bool)
+    def select(self, scores: Tensor) -> Tensor:
+        return torch.ones_like(scores, dtype=torch.bool)
 
     def index_bits(self, shape: Shape) -> int:
         return 0

@@ -72,9 +72,9 @@ class NM(Pattern):
     def holds(self, mask: Tensor) -> bool:
         return bool((tiles(self.check_mask(mask), 1, self.m).sum(-1, dtype=torch.uint8) <= self.n).all())
 
-    def mask(self, scores: Tensor) -> Tensor:
+    def select(self, scores: Tensor) -> Tensor:
         """The n highest of every group, which is optimal: groups are independent."""
-        groups = self.check_scores(scores).reshape(scores.shape[0], -1, self.m)
+        groups = scores.reshape(scores.shape[0], -1, self.m)
         return top(groups, self.n).view(scores.shape)
 
     def nnz(self, shape: Shape) -> int:

@@ -77,9 +77,9 @@ class Unstructured(Pattern):
     def holds(self, mask: Tensor) -> bool:
         return int(self.check_mask(mask).count_nonzero()) <= round(self.density * mask.numel())
 
-    def mask(self, scores: Tensor) -> Tensor:
+    def select(self, scores: Tensor) -> Tensor:
         """The highest scores of the whole matrix, which is optimal."""
-        return top(self.check_scores(scores).flatten(), self.nnz(scores.shape)).view(scores.shape)
+        return top(scores.flatten(), self.nnz(scores.shape)).view(scores.shape)
 
     def index_bits(self, shape: Shape) -> int:
         out, inn = self.check_shape(shape)

@@ -115,21 +115,21 @@ class VNM(Pattern):
         tiled = tiles(self.check_mask(mask), self.v, self.m)
         return bool((tiled.any(-2).sum(-1) <= COLUMNS).all() and (tiled.sum(-1, dtype=torch.int16) <= self.n).all())
 
-    def mask(self, scores: Tensor) -> Tensor:
+    def select(self, scores: Tensor) -> Tensor:
         """VENOM's cheap choice: the 4 columns with the highest sums of scores, then the n highest in each row.
 
         Not optimal; on Gaussian weights it keeps 0.6 points of energy less than trying all sets of 4 columns.
         """
-        wide = torch.promote_types(self.check_scores(scores).dtype, torch.float32)
+        wide = torch.promote_types(scores.dtype, torch.float32)
         tiled = tiles(scores, self.v, self.m)  # [out/v, in/m, v, m]
         columns = self.positions(top(tiled.sum(-2, dtype=wide), COLUMNS))
         kept = top(tiled.gather(-1, columns), self.n)
         return untile(torch.zeros_like(tiled, dtype=torch.bool).scatter_(-1, columns, kept))
 
     def positions(self, kept: Tensor) -> Tensor:
-        """Tile columns kept, bool ``[out/v, in/m, m]`` with 4 each, to their int64 numbers ``[out/v, in/m, v, 4]``."""
-        chosen = kept.nonzero()[:, -1].view(*kept.shape[:2], 1, COLUMNS)
-        return chosen.expand(-1, -1, self.v, -1)
+        """Tile columns kept, bool ``[out/v, in/m, m]`` with 4 each, to their rising int64 numbers ``[out/v, in/m, v, 4]``."""
+        first = kept.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :COLUMNS]
+        return first.unsqueeze(-2).expand(-1, -1, self.v, -1)
 
     def nnz(self, shape: Shape) -> int:
         out, inn = self.check_shape(shape)
