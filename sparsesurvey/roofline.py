@@ -48,14 +48,16 @@ class Roofline:
         """How many times faster than dense the structure's bound is."""
         return self.bound(dense) / self.bound(cost)
 
-    def over_dense(self, structure: Structure, shape: Shape, tokens: int, itemsize: int = 2, *, ideal: bool = False) -> float:
-        """Bound on the speed-up of ``y = x @ W.T`` over dense, with the arithmetic that ``structure.facts()`` knows of.
+    def over_dense(self, structure: Structure, shape: Shape, tokens: int, itemsize: int = 2, *, ideal: bool = False,
+                   product: str = "spmm") -> float:
+        """Bound on the speed-up of one of ``PRODUCTS`` over dense, with the arithmetic that ``structure.facts()`` knows of.
 
+        All three move the same bytes: two matrices of activations, and the weight or its gradient with the index.
         Where nothing is known, and always with ``ideal``, as if all the arithmetic saved were time saved.
         """
         least, size = structure.cost(shape, tokens, itemsize), shape[0] * shape[1]
         dense = Cost(2 * tokens * size, size * itemsize, least.io_bytes)
-        share = structure.facts().arithmetic
+        share = structure.facts().share(product)
         work = least.flops if ideal or share is None else max(least.flops, round(share * dense.flops))
         return self.speedup(Cost(work, least.weight_bytes, least.io_bytes), dense)
 

@@ -7,46 +7,41 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from sparsesurvey import figures
-from sparsesurvey.pruning import channel_scaled, gaussian, retention
+from sparsesurvey.comparing import fits
+from sparsesurvey.pruning import channel_scaled, density, gaussian, retention
 from sparsesurvey.records import Measurement
 from sparsesurvey.roofline import Roofline
-from sparsesurvey.structure import Pattern, Shape, Structure
+from sparsesurvey.structure import Shape, Structure
 
 LIBRARIES = ("torch", "scipy", "cusparselt", "cusparse", "cutlass")  # a kernel that only calls one bears its name
 
 
-def entries(kinds: Mapping[str, type[Structure]], each: int = 4, shape: Shape = (512, 512)) -> list[Pattern]:
-    """The first ``variants`` of every pattern that divide ``shape``, densest first: whoever adds a structure is here too."""
-    found = [item for kind in kinds.values() if issubclass(kind, Pattern)
-             for item in [item for item in kind.variants() if fits(item, shape)][:each]]
-    return sorted(found, key=lambda item: (-item.density, figures.family(str(item))))
+def entries(kinds: Mapping[str, type[Structure]], each: int = 2, shape: Shape = (512, 512)) -> list[Structure]:
+    """The first ``variants`` of every structure that fit ``shape``, densest first: whoever adds a structure is here too."""
+    found = [item for kind in kinds.values() for item in [item for item in kind.variants() if fits(item, shape)][:each]]
+    return sorted(found, key=lambda item: (-round(density(item, shape), 4), figures.family(str(item))))
 
 
-def fits(structure: Structure, shape: Shape) -> bool:
-    """Whether the structure divides a weight ``[out, in]`` of this shape."""
-    return not any(size % step for size, step in zip(shape, structure.tile))
-
-
-def definition(structures: Iterable[Pattern], shape: Shape = (4096, 14336), itemsize: int = 2) -> pd.DataFrame:
+def definition(structures: Iterable[Structure], shape: Shape = (4096, 14336), itemsize: int = 2) -> pd.DataFrame:
     """What needs no measurement: density, bits a weight, share of the best energy on two kinds of weights.
 
-    ``shape`` is that of the stored matrix ``[out, in]``; the energies are of 512 x 512 matrices.
+    ``shape`` is that of the stored matrix ``[out, in]``; density and energies are of 512 x 512 matrices.
     """
     structures = list(structures)
     frame = pd.DataFrame([{
-        "structure": str(item), "density": item.density,
-        "bits a weight": 8 * item.cost(shape, 1, itemsize).weight_bytes / (shape[0] * shape[1]),
+        "structure": str(item), "density": density(item, (512, 512)),
+        "bits a weight": 8 * item.cost(shape, 1, itemsize).weight_bytes / (shape[0] * shape[1]) if fits(item, shape) else None,
     } for item in structures]).set_index("structure")
     for label, weight in (("Gaussian", gaussian((512, 512))), ("channel-scaled", channel_scaled((512, 512)))):
         frame[f"kept, {label}"] = retention(weight, structures).set_index("structure")["share of best"]
     return frame.rename_axis(None)
 
 
-def permitted(structures: Iterable[Pattern], roofline: Roofline, tokens: Sequence[int] = (1, 8192), shape: Shape = (4096, 14336),
+def permitted(structures: Iterable[Structure], roofline: Roofline, tokens: Sequence[int] = (1, 8192), shape: Shape = (4096, 14336),
               itemsize: int = 2) -> pd.DataFrame:
     """Bound on the speed-up over dense for few and for many tokens, with the arithmetic that tensor cores must still do."""
     lines = [{"structure": str(item), **{f"bound, {count} token{'s' * (count > 1)}": roofline.over_dense(item, shape, count, itemsize)
-                                         for count in tokens}} for item in structures]
+                                         for count in tokens}} for item in structures if fits(item, shape)]
     return pd.DataFrame(lines).set_index("structure").rename_axis(None)
 
 

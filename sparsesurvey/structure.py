@@ -55,8 +55,11 @@ class Facts(NamedTuple):
     """What a structure's author knows of it beside its definition, for bounds and for the explorer's words.
 
     ``verdict`` in a few words, ``hardware`` in a few sentences: can tensor cores use the structure?
-    ``arithmetic``: share of a dense product's arithmetic that tensor cores with 2:4 support must still do; None if
-    not known. It is for a bound; what is only an estimate is told in ``hardware``, in words. ``positions``: bits a
+    ``arithmetic``: share of a dense product's arithmetic that tensor cores with 2:4 support must still do in the forward
+    product; None if not known. It is for a bound; what is only an estimate is told in ``hardware``, in words.
+    ``input_grad``, ``weight_grad``: the same for the two products of the backward pass; None where they are as the
+    forward one. 2:4 is for one operand, along the axis that is summed over, so that it helps neither of them unless
+    the structure sees to it. ``positions``: bits a
     weight that any code of the kept positions needs on average; None if not known. ``kept``, ``column``, ``pruned``:
     why a weight stayed, or went with its whole tile column, or went alone, with places in braces that the front end
     fills in (see ``explain`` in explorer.js).
@@ -69,6 +72,13 @@ class Facts(NamedTuple):
     kept: str = "tile ({tile_row}, {tile_col}): {kept} of {size} kept"
     column: str = ""
     pruned: str = "tile ({tile_row}, {tile_col}): {kept} of {size} kept"
+    input_grad: float | None = None
+    weight_grad: float | None = None
+
+    def share(self, product: str = "spmm") -> float | None:
+        """The arithmetic that is left of one of ``PRODUCTS``, or None if not known."""
+        own = {"spmm": None, "spmmt": self.input_grad, "sddmm": self.weight_grad}[product]
+        return self.arithmetic if own is None else own
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,15 @@
 """What a reader moves. Every number is computed here beforehand, so that a published page needs no kernel.
 
-``PatternExplorer`` takes a list of pattern instances, masks a small weight with each of them, and hands the front end
+``PatternExplorer`` takes a list of structures, masks a small weight with each of them, and hands the front end
 (``explorer.js``) bytes and one table: masks, what they keep, what they store, and a roofline bound on their speed-up.
+A structure without a mask is drawn by where its approximation of the weight is not zero.
 What the hardware can make of each structure it says itself, in ``facts``; the front end knows no structure.
 """
 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from itertools import product
@@ -17,26 +19,28 @@ from textwrap import fill
 import anywidget
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 import traitlets
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from sparsesurvey import figures
-from sparsesurvey.pruning import best_kept, channel_scaled, gaussian, kept
+from sparsesurvey.pruning import best_kept, captured, channel_scaled, density, gaussian
 from sparsesurvey.roofline import H200, Roofline
 from sparsesurvey.scores import magnitude
-from sparsesurvey.structure import Pattern, Shape, check_weight
+from sparsesurvey.structure import Pattern, Shape, Structure, check_weight
 
 HERE = Path(__file__).parent
 SHAPE = (64, 64)  # of the weight that is drawn
 MATRIX = (4096, 14336)  # of the matrix whose bytes and bound are given: down_proj of a 7B Mistral
 TOKENS = tuple(2**power for power in range(16))  # 1 to 32768
 BF16 = 2  # bytes
+TINY = 1e-30  # stands for a zero that is kept
 LARGEST = 128  # rows or columns of the weight drawn: the page carries every mask of it
-LABELS = {"NM": "N:M", "VNM": "V:N:M", "Block": "block", "Dense": "dense", "Unstructured": "unstructured"}
+LABELS = {"NM": "N:M", "VNM": "V:N:M", "HiNM": "HiNM", "TASD": "TASD", "TEW": "TEW", "TVW": "TVW"}
 
 
-def grid(structure: type[Pattern], shape: Shape = SHAPE, **steps: Iterable) -> list[Pattern]:
+def grid(structure: type[Structure], shape: Shape = SHAPE, **steps: Iterable) -> list[Structure]:
     """Instances of a class at every combination of its parameters' ``steps`` that is valid and fits ``shape``.
 
     To fit is to divide it and to reach its density there within a tenth. Combinations that prune nothing are dropped.
@@ -52,7 +56,7 @@ def grid(structure: type[Pattern], shape: Shape = SHAPE, **steps: Iterable) -> l
             found.append(structure(**dict(zip(steps, values))))
         except ValueError:  # the class knows which combinations make sense
             continue
-    found = [pattern for pattern in found if _fits(pattern, shape) and (pattern.density < 1 or not steps)]
+    found = [pattern for pattern in found if _fits(pattern, shape) and (density(pattern, shape) < 1 or not steps)]
     if not found:
         got = steps or "its variants"
         raise ValueError(f"steps must hold a valid {structure.__name__} that fits {tuple(shape)}, got {got}")
@@ -61,38 +65,38 @@ def grid(structure: type[Pattern], shape: Shape = SHAPE, **steps: Iterable) -> l
 
 def grids(
     classes: Mapping[str, type], steps: Mapping[str, Mapping[str, Iterable]] | None = None, shape: Shape = SHAPE
-) -> list[Pattern]:
-    """``grid`` of every pattern class that has ``steps`` under its name, in their order, then the others' variants.
+) -> list[Structure]:
+    """``grid`` of every class that has ``steps`` under its name, in their order, then the others' variants.
 
-    Left out are classes that have no mask, and variants that do not fit ``shape``.
+    Left out are variants that do not fit ``shape``.
     """
     steps = steps or {}
     wrong = set(steps) - set(classes)
     if wrong:
         raise ValueError(f"steps must be keyed by one of {', '.join(classes)}, got {', '.join(sorted(wrong))}")
     chosen = [pattern for name, values in steps.items() for pattern in grid(classes[name], shape, **values)]
-    rest = [kind for name, kind in classes.items() if name not in steps and issubclass(kind, Pattern)]
+    rest = [kind for name, kind in classes.items() if name not in steps]
     return chosen + [pattern for kind in rest for pattern in kind.variants() if _fits(pattern, shape)]
 
 
-def _divides(structure: Pattern, shape: Shape) -> bool:
+def _divides(structure: Structure, shape: Shape) -> bool:
     try:
         return bool(structure.check_shape(shape))
     except ValueError:
         return False
 
 
-def _fits(structure: Pattern, shape: Shape) -> bool:
-    if not _divides(structure, shape):
+def _fits(structure: Structure, shape: Shape) -> bool:
+    if not (_divides(structure, shape) and _divides(structure, MATRIX)):
         return False
-    reached = structure.nnz(shape) / (shape[0] * shape[1])
-    return abs(reached - structure.density) <= 0.1 * structure.density
+    meant = structure.density if isinstance(structure, Pattern) else density(structure, shape)
+    return structure.nnz(shape) > 0 and abs(density(structure, shape) - meant) <= 0.1 * meant
 
 
 class PatternExplorer(anywidget.AnyWidget):
     """Choose a pattern and see its mask, what it keeps, its bytes and its bound on speed.
 
-    ``structures``: the patterns to choose from (see ``grids``); each must divide the weights and ``matrix``.
+    ``structures``: the structures to choose from (see ``grids``); each must divide the weights and ``matrix``.
     ``weights``: name to a float weight ``[out, in]`` of at most 128 x 128, all of one shape; masks are by magnitude.
     ``pins``: patterns that are in the comparison table from the start. A structure that states no ``facts`` is shown
     without a hardware curve. Python may read and set ``structure``, ``index``, ``kind`` and ``pins``.
@@ -108,14 +112,14 @@ class PatternExplorer(anywidget.AnyWidget):
     values = traitlets.Bytes().tag(sync=True)  # float32 [weights, out, in]
 
     def __init__(
-        self, structures: Sequence[Pattern], weights: Mapping[str, Tensor] | None = None, *,
-        pins: Sequence[Pattern] = (), matrix: Shape = MATRIX, gpu: Roofline = H200,
+        self, structures: Sequence[Structure], weights: Mapping[str, Tensor] | None = None, *,
+        pins: Sequence[Structure] = (), matrix: Shape = MATRIX, gpu: Roofline = H200,
     ) -> None:
         self.weights = _check_weights(sample_weights() if weights is None else weights)
         self.structures = _check_structures(structures, next(iter(self.weights.values())).shape, matrix)
         self.matrix, self.gpu = matrix, gpu
-        scores = [magnitude(weight) for weight in self.weights.values()]
-        self._masks = [[pattern.mask(score) for score in scores] for pattern in self.structures]
+        self._near = [[_near(pattern, weight) for weight in self.weights.values()] for pattern in self.structures]
+        self._masks = [[(near != 0) for near in members] for members in self._near]
         bits = np.array([[mask.flatten().numpy() for mask in masks] for masks in self._masks])
         super().__init__(
             data=self._table(), pins=[self._place(pattern) for pattern in pins],
@@ -124,15 +128,15 @@ class PatternExplorer(anywidget.AnyWidget):
         )
 
     @property
-    def structure(self) -> Pattern:
+    def structure(self) -> Structure:
         """The pattern that is shown."""
         return self.structures[self.index]
 
     @structure.setter
-    def structure(self, pattern: Pattern) -> None:
+    def structure(self, pattern: Structure) -> None:
         self.index = self._place(pattern)
 
-    def _place(self, pattern: Pattern) -> int:
+    def _place(self, pattern: Structure) -> int:
         if pattern not in self.structures:
             raise ValueError(f"structure must be one of the explorer's {len(self.structures)}, got {pattern}")
         return self.structures.index(pattern)
@@ -149,7 +153,7 @@ class PatternExplorer(anywidget.AnyWidget):
     def _pins_are_known(self, proposal: dict) -> list[int]:
         return [_within("pins", index, len(self.structures)) for index in proposal["value"]]
 
-    def figure(self, structures: Sequence[Pattern] | None = None, kind: int | None = None) -> Figure:
+    def figure(self, structures: Sequence[Structure] | None = None, kind: int | None = None) -> Figure:
         """The same content on paper: masks, what is kept, bytes and bounds of a handful, the pinned ones by default."""
         chosen = list(structures or [self.structures[index] for index in self.pins] or [self.structure])
         kind = self.kind if kind is None else _within("kind", kind, len(self.weights))
@@ -188,13 +192,13 @@ class PatternExplorer(anywidget.AnyWidget):
         families = [_family(kind, [pattern for pattern in self.structures if type(pattern) is kind])
                     for kind in classes]
         configs, notes, curves = [], [], []
-        for pattern, masks in zip(self.structures, self._masks):
+        for pattern, members in zip(self.structures, self._near):
             fact = pattern.facts()
             family = classes.index(type(pattern))
             at = _at(pattern, self.structures)
             words = [fact.verdict, fact.hardware, fact.kept, fact.column, fact.pruned]
             notes.extend(word for word in words if word not in notes)
-            numbers = self._numbers(pattern, masks)
+            numbers = self._numbers(pattern, members)
             for name in ("ideal", "usable"):  # many patterns share a curve
                 curves.extend([numbers[name]] if numbers[name] and numbers[name] not in curves else [])
                 numbers[name] = curves.index(numbers[name]) if numbers[name] else None
@@ -204,15 +208,16 @@ class PatternExplorer(anywidget.AnyWidget):
         return {"shape": list(shape), "kinds": list(self.weights), "tokens": list(TOKENS), "gpu": {"name": self.gpu.machine, "source": self.gpu.source},
                 "matrix": list(self.matrix), "families": families, "configs": configs, "notes": notes, "curves": curves}
 
-    def _numbers(self, pattern: Pattern, masks: Sequence[Tensor]) -> dict:
-        numbers = describe(pattern, list(zip(self.weights.values(), masks)), self.matrix, self.gpu)
+    def _numbers(self, pattern: Structure, members: Sequence[Tensor]) -> dict:
+        numbers = describe(pattern, list(zip(self.weights.values(), members)), self.matrix, self.gpu)
         return {"name": str(pattern), "colour": figures.colour(str(pattern)), "tile": list(pattern.tile), **numbers}
 
 
 def describe(
-    pattern: Pattern, pairs: Sequence[tuple[Tensor, Tensor]], matrix: Shape = MATRIX, gpu: Roofline = H200,
+    pattern: Structure, pairs: Sequence[tuple[Tensor, Tensor]], matrix: Shape = MATRIX, gpu: Roofline = H200,
 ) -> dict:
-    """The numbers of one pattern: for each (weight, mask) what is kept, then bytes and bounds on ``matrix`` in bf16.
+    """The numbers of one structure: for each (weight, member that stands for it) what is kept, then bytes and bounds on
+    ``matrix`` in bf16.
 
     ``kept``: density, magnitude, energy, best magnitude and best energy at that density. ``bits``: value bits, index
     bits and least position bits (or None) a weight. ``ideal``, ``usable``: bounds at ``TOKENS``, the latter or None.
@@ -220,11 +225,11 @@ def describe(
     fact = pattern.facts()
     size = matrix[0] * matrix[1]
     shares = []
-    for weight, mask in pairs:
-        here = kept(weight, mask)
+    for weight, near in pairs:
+        here = captured(weight, near, density(pattern, tuple(weight.shape)))
         best = best_kept(weight, here.density)
         shares.append([_short(share) for share in (*here, best.magnitude, best.energy)])
-    bits = [8 * BF16 * pattern.nnz(matrix) / size, pattern.index_bits(matrix) / size, fact.positions]
+    bits = [pattern.value_bits(matrix, BF16) / size, pattern.index_bits(matrix) / size, fact.positions]
     curve = [_short(gpu.over_dense(pattern, matrix, tokens, BF16, ideal=True)) for tokens in TOKENS]
     usable = None if fact.arithmetic is None else [
         _short(gpu.over_dense(pattern, matrix, tokens, BF16)) for tokens in TOKENS]
@@ -247,11 +252,11 @@ def _check_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: weight.detach().cpu().float() for name, weight in weights.items()}
 
 
-def _check_structures(structures: Sequence[Pattern], shape: Shape, matrix: Shape) -> list[Pattern]:
+def _check_structures(structures: Sequence[Structure], shape: Shape, matrix: Shape) -> list[Structure]:
     found = list(dict.fromkeys(structures))
-    wrong = [repr(pattern) for pattern in found if not isinstance(pattern, Pattern)]
+    wrong = [repr(pattern) for pattern in found if not isinstance(pattern, Structure)]
     if wrong or not found:
-        raise ValueError(f"structures must be a list of patterns, at least one, got {', '.join(wrong) or 'none'}")
+        raise ValueError(f"structures must be a list of structures, at least one, got {', '.join(wrong) or 'none'}")
     for pattern in found:
         for name, size in (("weights", shape), ("matrix", matrix)):
             if not _divides(pattern, size):
@@ -268,24 +273,49 @@ def _within(name: str, value: int, count: int) -> int:
     return value
 
 
-def _steps(pattern: Pattern, structures: Sequence[Pattern]) -> dict[str, list]:
-    """Parameter to the sorted values that it has among the instances of this class."""
+def _near(pattern: Structure, weight: Tensor) -> Tensor:
+    """The member that stands for the weight; a kept weight that happens to be zero still counts as kept."""
+    if isinstance(pattern, Pattern):
+        return torch.where(pattern.mask(magnitude(weight)), weight.where(weight != 0, TINY), 0)
+    return pattern.project(weight)
+
+
+def _steps(pattern: Structure, structures: Sequence[Structure]) -> dict[str, list]:
+    """Parameter to the values that it has among the instances of this class: numbers sorted, others as they come."""
     same = [other for other in structures if type(other) is type(pattern)]
-    return {field.name: sorted({getattr(other, field.name) for other in same}) for field in fields(pattern)}
+    found = {field.name: list(dict.fromkeys(getattr(other, field.name) for other in same)) for field in fields(pattern)}
+    numbers = lambda values: all(isinstance(value, (int, float)) for value in values)
+    return {name: sorted(values) if numbers(values) else values for name, values in found.items()}
 
 
-def _at(pattern: Pattern, structures: Sequence[Pattern]) -> list[int]:
+def _at(pattern: Structure, structures: Sequence[Structure]) -> list[int]:
     """The step of each parameter among those of ``_steps``."""
     return [values.index(getattr(pattern, name)) for name, values in _steps(pattern, structures).items()]
 
 
-def _family(kind: type[Pattern], members: Sequence[Pattern]) -> dict:
-    steps = {name: [f"{100 * value:g} %" if name == "density" else str(value) for value in values]
+def _family(kind: type[Structure], members: Sequence[Structure]) -> dict:
+    steps = {name: [_spelt(name, value) for value in values]
              for name, values in _steps(members[0], members).items()}
     about = " ".join((inspect.getdoc(kind) or "").split("\n\n")[0].replace("`", "").split())
     start = next((pattern for pattern in kind.variants() if pattern in members), members[0])
-    return {"name": LABELS.get(kind.__name__, kind.__name__), "about": about, "start": _at(start, members),
+    return {"name": LABELS.get(kind.__name__) or re.sub("(?<=[a-z])(?=[A-Z])", " ", kind.__name__).lower(), "about": about, "start": _at(start, members),
             "fields": [{"name": name, "values": values} for name, values in steps.items()]}
+
+
+def _spelt(name: str, value: object) -> str:
+    """A parameter's value as a reader sees it on the slider."""
+    if isinstance(value, float) and 0 < value <= 1:
+        return f"{100 * value:g} %"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, tuple):
+        return _spelt_tuple(value)
+    return str(value)
+
+
+def _spelt_tuple(values: tuple) -> str:
+    """At most four of its members, the rest as dots."""
+    return " ".join(map(str, values[:4])) + (" …" if len(values) > 4 else "")
 
 
 def _short(number: float | None) -> float | None:

@@ -172,7 +172,7 @@ def test_index_and_structure_follow_each_other(explorer):
 
 
 @pytest.mark.parametrize("structures, weights, message", [
-    ([], None, "structures must be a list of patterns, at least one, got none"),
+    ([], None, "structures must be a list of structures, at least one, got none"),
     ([NM], None, "got <class"),
     ([NM(3, 5)], None, r"divide the weights \(64, 64\); the tile of 3:5 is \(1, 5\)"),
     ([Block(32, 32, 0.1)], None, "keeps nothing"),
