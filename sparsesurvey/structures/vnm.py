@@ -17,20 +17,23 @@ tensor([[[9., 8.]],
 ['1100', '1110']
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import comb, log2
+from itertools import combinations, islice
+from math import comb, log
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparsesurvey.structure import (
-    Facts, Pattern, Plan, Shape, check_int, check_order, check_part, index_dtype, tiles, top, untile,
+    Facts, Pattern, Plan, Shape, check_int, check_order, check_part, index_dtype, tiles, top, unpack_bits, untile,
 )
 from sparsesurvey.structures.block import Block, PackedBSR
 from sparsesurvey.structures.nm import NM, PackedNM, tensor_cores
 
 COLUMNS = 4  # of every tile; the sparse tensor cores then want 2 of these 4 in each row
+WIDEST = 16  # tiles whose column sets are all tried: C(16, 4) is 1820, C(32, 4) already 35960
 
 
 class PackedVNM(NamedTuple):
@@ -76,13 +79,21 @@ class VNM(Pattern):
         """The structure of the compacted matrix."""
         return NM(self.n, COLUMNS)
 
+    @property
+    def diversity(self) -> float:
+        """Nats a weight of all choices of columns and of entries in them: log K(V, M) of Zhao et al. (2024).
+
+        log(C(m, 4) C(4, n)^v) / (v m): the entropy of the kept positions if all choices are alike.
+        """
+        return (log(comb(self.m, COLUMNS)) + self.v * log(comb(COLUMNS, self.n))) / (self.v * self.m)
+
     def facts(self) -> Facts:
         v, n, m = self.v, self.n, self.m
         where = "{rows}-row tile ({tile_row}, {tile_col}): column {col} is "
         why = where + "one of the {cols_kept} of {cols} kept; in this row {row_kept} of those {cols_kept} stay, and this " \
             "is number {rank_cols} of them by magnitude"
         gone = where + "none of the {cols_kept} of {cols} that the tile keeps"
-        positions = (log2(comb(m, 4)) + v * log2(comb(4, n))) / (v * m)
+        positions = self.diversity / log(2)
         if m == 4:  # every column is kept: nothing to gather
             return Facts(*tensor_cores(n, m), positions, why, gone, why)
         sparse = n <= 2  # at most 2 of the 4: what is left is a 2:4 product
@@ -118,18 +129,26 @@ class VNM(Pattern):
     def select(self, scores: Tensor) -> Tensor:
         """VENOM's cheap choice: the 4 columns with the highest sums of scores, then the n highest in each row.
 
-        Not optimal; on Gaussian weights it keeps 0.6 points of energy less than trying all sets of 4 columns.
+        Not optimal: on Gaussian weights it keeps 0.6 points of energy less than ``exhaustive_mask``.
         """
+        out, inn = scores.shape
         wide = torch.promote_types(scores.dtype, torch.float32)
-        tiled = tiles(scores, self.v, self.m)  # [out/v, in/m, v, m]
-        columns = self.positions(top(tiled.sum(-2, dtype=wide), COLUMNS))
-        kept = top(tiled.gather(-1, columns), self.n)
-        return untile(torch.zeros_like(tiled, dtype=torch.bool).scatter_(-1, columns, kept))
+        sums = scores.reshape(out // self.v, self.v, inn).sum(1, dtype=wide).unflatten(-1, (-1, self.m))
+        return self.within(scores, self.numbers(top(sums, COLUMNS)))
 
-    def positions(self, kept: Tensor) -> Tensor:
-        """Tile columns kept, bool ``[out/v, in/m, m]`` with 4 each, to their rising int64 numbers ``[out/v, in/m, v, 4]``."""
-        first = kept.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :COLUMNS]
-        return first.unsqueeze(-2).expand(-1, -1, self.v, -1)
+    def within(self, scores: Tensor, columns: Tensor) -> Tensor:
+        """The n highest of each row among the given columns of its tile, int64 ``[out/v, in/m, 4]``, as a mask."""
+        (out, inn), groups = scores.shape, columns.shape[1]
+        places = columns + torch.arange(0, inn, self.m, device=columns.device)[:, None]
+        places = places.mT.flatten(1).unsqueeze(1).expand(-1, self.v, -1)  # first columns of all tiles, second, ...
+        rows = scores.reshape(-1, self.v, inn)
+        kept = top_of_few(rows.gather(-1, places).unflatten(-1, (COLUMNS, groups)).unbind(2), self.n)
+        mask = torch.zeros(rows.shape, dtype=torch.bool, device=scores.device)
+        return mask.scatter_(-1, places, kept.flatten(2)).view(out, inn)
+
+    def numbers(self, kept: Tensor) -> Tensor:
+        """Kept columns, bool ``[out/v, in/m, m]`` with 4 a tile, to their rising int64 numbers ``[out/v, in/m, 4]``."""
+        return kept.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :COLUMNS]
 
     def nnz(self, shape: Shape) -> int:
         out, inn = self.check_shape(shape)
@@ -142,23 +161,32 @@ class VNM(Pattern):
 
     def pack(self, weight: Tensor) -> PackedVNM:
         tiled = tiles(self.check_member(weight), self.v, self.m)
-        columns = self.positions(top((tiled != 0).any(-2).float(), COLUMNS))
-        inner = self.inner.pack(untile(tiled.gather(-1, columns)))
-        return PackedVNM(inner.values, inner.index, columns[:, :, 0].to(torch.uint8), tuple(weight.shape))
+        columns = self.numbers(top((tiled != 0).any(-2).float(), COLUMNS))
+        compact = tiled.gather(-1, columns.unsqueeze(-2).expand(-1, -1, self.v, -1))
+        inner = self.inner.pack(untile(compact))
+        return PackedVNM(inner.values, inner.index, columns.to(torch.uint8), tuple(weight.shape))
 
     def unpack(self, packed: PackedVNM) -> Tensor:
-        out, inn = self.check_shape(packed.shape)
-        compact = tiles(self.compact(packed), self.v, COLUMNS)
-        columns = packed.columns.long().unsqueeze(-2).expand(compact.shape)
-        tiled = compact.new_zeros(out // self.v, inn // self.m, self.v, self.m)
-        return untile(tiled.scatter_(-1, columns, compact))
+        positions = self.positions(packed)  # [out, in/m, n], of the 4 columns
+        out, groups, _ = positions.shape
+        columns = packed.columns.long().unsqueeze(1).expand(-1, self.v, -1, -1).reshape(out, groups, COLUMNS)
+        tiled = packed.values.new_zeros(out, groups, self.m)
+        return tiled.scatter_(-1, columns.gather(-1, positions), packed.values).flatten(1)
 
-    def compact(self, packed: PackedVNM) -> Tensor:
-        """The n:4 matrix ``[out, 4 * in / m]`` of the kept columns; ValueError if the operand is corrupt."""
+    def positions(self, packed: PackedVNM) -> Tensor:
+        """In which of its tile's 4 columns each value is, int64 ``[out, in/m, n]``; ValueError if the operand is corrupt."""
         out, inn = self.check_shape(packed.shape)
-        check_part("columns", packed.columns, torch.uint8, (out // self.v, inn // self.m, COLUMNS))
+        groups = inn // self.m
+        check_part("values", packed.values, None, (out, groups, self.n))
+        check_part("columns", packed.columns, torch.uint8, (out // self.v, groups, COLUMNS))
         check_order("columns", packed.columns, self.m)
-        return self.inner.unpack(PackedNM(packed.values, packed.index, (out, COLUMNS * inn // self.m)))
+        if not self.inner.position_bits:  # 3 or all of 4: a bitmap, or no code
+            kept = self.inner.decode(PackedNM(packed.values, packed.index, (out, COLUMNS * groups)))
+            return self.numbers(kept.view(out, groups, COLUMNS))[..., :self.n]
+        check_part("index", packed.index, torch.uint8, (out, self.inner.row_bytes(COLUMNS * groups)))
+        positions = unpack_bits(packed.index, self.inner.position_bits, groups * self.n).view(packed.values.shape)
+        check_order("index", positions, COLUMNS)
+        return positions.long()
 
     # Without the zeros of the n:4 code a V:N:M weight is a matrix of kept v x 1 vectors: 4 / m of the dense arithmetic,
     # which a CPU does as dense products of gathered columns. Only sparse tensor cores save the rest.
@@ -168,27 +196,106 @@ class VNM(Pattern):
         """The structure of the kept columns, each of v weights."""
         return Block(self.v, 1, COLUMNS / self.m)
 
-    def vectors(self, packed: PackedVNM) -> PackedBSR:
+    def places(self, packed: PackedVNM) -> Tensor:
+        """Where every value is among those of ``vectors``, int64 ``[out, in/m, n]``."""
+        positions = self.positions(packed)
+        out, groups, _ = positions.shape
+        row = torch.arange(out, device=positions.device)
+        first = row // self.v * (groups * COLUMNS * self.v) + row % self.v
+        tile = torch.arange(groups, device=positions.device) * (COLUMNS * self.v)
+        return positions.mul_(self.v).add_(first[:, None, None]).add_(tile[:, None])
+
+    def vectors(self, packed: PackedVNM, places: Tensor) -> PackedBSR:
         """The kept columns with the zeros in them, as an operand of ``outer``."""
         out, inn = self.check_shape(packed.shape)
         panels, groups = out // self.v, inn // self.m
-        values = self.compact(packed).view(panels, self.v, -1).mT.reshape(-1, self.v, 1)
+        values = packed.values.new_zeros(panels * groups * COLUMNS * self.v)
+        values[places.flatten()] = packed.values.flatten()
         first = torch.arange(0, inn, self.m, device=values.device)  # of each tile
         columns = (packed.columns.long() + first[:, None]).flatten().to(index_dtype(inn))
         pointers = torch.arange(panels + 1, dtype=torch.int32, device=values.device) * groups * COLUMNS
-        return PackedBSR(values, columns, pointers, packed.shape)
+        return PackedBSR(values.view(-1, self.v, 1), columns, pointers, packed.shape)
 
     def spmm_gather(self, packed: PackedVNM) -> Plan:
-        return self.outer.spmm_gather(self.vectors(packed))
+        return self.outer.spmm_gather(self.vectors(packed, self.places(packed)))
 
     def spmmt_gather(self, packed: PackedVNM) -> Plan:
-        return self.outer.spmmt_gather(self.vectors(packed))
+        return self.outer.spmmt_gather(self.vectors(packed, self.places(packed)))
 
     def sddmm_gather(self, packed: PackedVNM) -> Plan:
-        run = self.outer.sddmm_gather(self.vectors(packed))
-        out, inn = self.check_shape(packed.shape)
-        panels, width = out // self.v, COLUMNS * inn // self.m
-        kept = self.inner.decode(PackedNM(packed.values, packed.index, (out, width)))
-        number = torch.arange(out * width, device=kept.device).view(panels, width, self.v)  # place in the vectors
-        places = number.mT.reshape(out, width)[kept]
-        return lambda dy, x: run(dy, x).flatten().index_select(0, places).view(packed.values.shape)
+        places = self.places(packed)
+        run = self.outer.sddmm_gather(self.vectors(packed, places))
+        order = places.flatten()
+        return lambda dy, x: run(dy, x).flatten().index_select(0, order).view(packed.values.shape)
+
+
+def top_of_few(entries: tuple[Tensor, ...], keep: int) -> Tensor:
+    """Mask of the ``keep`` highest of a few ``[..., groups]``, as ``[..., few, groups]``: of equal ones, the first."""
+    beaten = [torch.full(entries[0].shape, len(entries) - 1 - place, dtype=torch.uint8, device=entries[0].device)
+              for place in range(len(entries))]  # by all that come later, until they lose
+    for earlier, later in combinations(range(len(entries)), 2):
+        wins = (entries[earlier] >= entries[later]).view(torch.uint8)
+        beaten[later] += wins
+        beaten[earlier] -= wins
+    return torch.stack([count < keep for count in beaten], -2)
+
+
+def exhaustive_mask(structure: VNM, scores: Tensor) -> Tensor:
+    """The best V:N:M mask: all C(m, 4) column sets are tried in every tile, as VENOM's own code does.
+
+    One pass over the scores for each set, all tiles at once. ValueError if m is above 16.
+
+    >>> scores = torch.tensor([[9.0, 8, 7, 0, 0], [0, 0, 0, 3, 3]])
+    >>> VNM(2, 2, 5).mask(scores).int()  # columns 0 to 3 have the highest sums, but of column 2 nothing is kept
+    tensor([[1, 1, 0, 0, 0],
+            [1, 0, 0, 1, 0]], dtype=torch.int32)
+    >>> exhaustive_mask(VNM(2, 2, 5), scores).int()
+    tensor([[1, 1, 0, 0, 0],
+            [0, 0, 0, 1, 1]], dtype=torch.int32)
+    """
+    if structure.m > WIDEST:
+        sets = comb(structure.m, COLUMNS)
+        raise ValueError(f"m must be at most {WIDEST} to try every set of 4 columns, got {structure.m}, which has {sets}")
+    structure.check_scores(scores)
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    entries = wide.unflatten(1, (-1, structure.m)).movedim(-1, 0).contiguous()  # [m, out, in/m]
+    best = wide.new_full((scores.shape[0] // structure.v, entries.shape[-1]), -torch.inf)
+    columns = torch.zeros(*best.shape, COLUMNS, dtype=torch.int64, device=scores.device)
+    for chosen in combinations(range(structure.m), COLUMNS):
+        kept = sum(islice(falling(*(entries[column] for column in chosen)), structure.n))
+        kept = kept.unflatten(0, (-1, structure.v)).sum(1)  # [out/v, in/m]
+        number = torch.tensor(chosen, device=scores.device)
+        columns = torch.where((kept > best).unsqueeze(-1), number, columns)
+        best = torch.maximum(best, kept)
+    return structure.within(scores, columns)
+
+
+def falling(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Iterator[Tensor]:
+    """Four tensors in falling order, elementwise."""
+    high, low = torch.maximum(a, b), torch.minimum(a, b)
+    other_high, other_low = torch.maximum(c, d), torch.minimum(c, d)
+    yield torch.maximum(high, other_high)
+    middle = torch.minimum(high, other_high), torch.maximum(low, other_low)
+    yield torch.maximum(*middle)
+    yield torch.minimum(*middle)
+    yield torch.minimum(low, other_low)
+
+
+def choose(target: float, speedups: Mapping[VNM, float]) -> VNM:
+    """The most diverse of the structures whose speed-up reaches the target (Zhao et al. 2024), for a layer of any shape.
+
+    ``speedups``: each candidate's speed-up over dense, measured or a bound such as ``bound(structure)``.
+
+    >>> str(choose(2.5, {VNM(16, 2, 8): 4.0, VNM(64, 2, 5): 2.5, VNM(64, 2, 4): 2.0}))
+    '64:2:5'
+    """
+    able = [structure for structure, speedup in speedups.items() if speedup >= target]
+    if not able:
+        best = max(speedups.values(), default=0)
+        raise ValueError(f"target must be at most {best:g}, the best of speedups, got {target!r}")
+    return max(able, key=lambda structure: structure.diversity)
+
+
+def bound(structure: VNM) -> float:
+    """The most that tensor cores can gain over dense, by the arithmetic that is left: m/2 for n = 2 and high panels."""
+    return 1 / structure.facts().arithmetic
