@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from sparsesurvey import checkpoint, pruning
 from sparsesurvey.data import Language, markov, windows
+from sparsesurvey.factored import factorise
 from sparsesurvey.linear import densify, sparsify
 from sparsesurvey.measure import Machine, Measurement, code_of, live
 from sparsesurvey.measure import record as write_row
@@ -34,27 +35,34 @@ from sparsesurvey.measure import recorded as shipped
 from sparsesurvey.mistral import build
 from sparsesurvey.recipes import Recipe, Score, Static
 from sparsesurvey.scores import magnitude
-from sparsesurvey.structure import Pattern
+from sparsesurvey.structure import Pattern, Structure
 from sparsesurvey.train import History, TrainConfig, evaluate, train
 
 CHAPTER = "training"
 LOSS = "validation loss"
 # The structures are not among the code whose change makes a curve stale: what a mask of theirs is, is fixed by
-# ``holds`` and its tests, and another kernel or a new helper does not change the loss of a masked run.
+# ``holds`` and its tests, and another kernel or a new helper does not change the loss of a masked run. A structure without
+# a mask is: what it stores and what it makes of that is what is trained.
 SOURCE = ",".join(f"sparsesurvey.{module}" for module in ("data", "linear", "mistral", "recipes", "train"))
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run: what is trained, on what, how. ``structure`` None is the plain dense model, as is one named "dense"."""
+    """One run: what is trained, on what, how. ``structure`` None is the plain dense model, as is one named "dense".
 
-    structure: Pattern | None
+    One without a mask is trained by the values that it stores, see ``factored``; its recipe must be ``Static()``.
+    """
+
+    structure: Structure | None
     seed: int  # of the weights, the mask and the order of the data
     language: Language
     model: str
     config: TrainConfig
     recipe: Recipe
-    code: str = field(default_factory=lambda: code_of(SOURCE))
+    code: str = ""  # of ``source``, before anything runs
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "code", self.code or code_of(self.source))
 
     @property
     def dense(self) -> bool:
@@ -65,8 +73,17 @@ class Job:
         return "dense" if self.dense else str(self.structure)
 
     @property
+    def factored(self) -> bool:
+        return not (self.dense or isinstance(self.structure, Pattern))
+
+    @property
     def method(self) -> str:
-        return "dense" if self.dense else str(self.recipe)
+        return "dense" if self.dense else "factored" if self.factored else str(self.recipe)
+
+    @property
+    def source(self) -> str:
+        """The modules whose change makes a curve stale."""
+        return f"{SOURCE},sparsesurvey.factored,{type(self.structure).__module__}" if self.factored else SOURCE
 
     @property
     def settings(self) -> TrainConfig:
@@ -108,7 +125,7 @@ class Job:
             for metric, of, value in ((LOSS, unit, loss), ("bits per byte", "bits/byte", bits)):
                 if value is not None:
                     yield Measurement.now(metric, of, value, structure=self.name, method=self.method, at=self.at(step),
-                                          source=SOURCE, machine=machine, code=self.code)
+                                          source=self.source, machine=machine, code=self.code)
 
     def recorded(self, folder: str | Path | None) -> list[Measurement]:
         """The validation losses of this run on this machine that are in the record, by step."""
@@ -135,6 +152,10 @@ class Job:
     def start(self) -> nn.Module:
         """The model before its first step."""
         model = build(self.model, self.seed)
+        if self.factored:
+            if self.recipe != Static():
+                raise ValueError(f"recipe must be Static() for {self.structure}, which has no mask; got {self.recipe}")
+            return factorise(model, self.structure)
         return model if self.dense else sparsify(model, self.structure, self.recipe, seed=self.seed)
 
 
@@ -182,7 +203,7 @@ def runs_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsesurvey" / "runs"
 
 
-def loss_curves(structures: Iterable[Pattern], seeds: Sequence[int] = (0, 1, 2), language: Language | None = None,
+def loss_curves(structures: Iterable[Structure], seeds: Sequence[int] = (0, 1, 2), language: Language | None = None,
                 model: str = "markov", config: TrainConfig = TrainConfig(), recipe: Recipe = Static(), record: str = "",
                 workers: int | None = None, progress: bool = True, reuse: bool = False) -> list[Measurement]:
     """Validation loss against steps of every structure and seed: rows, trained now unless they are in the record.
@@ -198,7 +219,7 @@ def loss_curves(structures: Iterable[Pattern], seeds: Sequence[int] = (0, 1, 2),
         reuse: be content with the rows of a run that come with the package, whichever machine they are of.
 
     Raises:
-        ValueError: no structure or seed, a model that a structure does not divide.
+        ValueError: no structure or seed, a model that a structure does not divide, a structure that cannot be trained.
         Diverged: a run whose loss is no number.
     """
     language = markov() if language is None else language
@@ -265,7 +286,7 @@ def _lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def trained(structure: Pattern | None = None, seed: int = 0, language: Language | None = None, model: str = "markov",
+def trained(structure: Structure | None = None, seed: int = 0, language: Language | None = None, model: str = "markov",
             config: TrainConfig = TrainConfig(), recipe: Recipe = Static(), record: str = "") -> nn.Module:
     """The model at the end of a run of ``loss_curves``, with plain linear layers; trained now if it is not kept.
 
@@ -279,7 +300,7 @@ def trained(structure: Pattern | None = None, seed: int = 0, language: Language 
     return densify(made).eval()
 
 
-def pruned_loss(structure: Pattern, score: Score = magnitude, seed: int = 0, language: Language | None = None,
+def pruned_loss(structure: Structure, score: Score = magnitude, seed: int = 0, language: Language | None = None,
                 model: str = "markov", config: TrainConfig = TrainConfig(), record: str = "") -> Measurement:
     """Validation loss of the trained dense model after its MLP is pruned at once to ``structure``: a row.
 

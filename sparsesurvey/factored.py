@@ -1,0 +1,133 @@
+"""A linear layer under a structure without a mask: its parameters are what the structure stores, such as two factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsesurvey.linear import MLP, PRODUCTS, SparseLinear
+from sparsesurvey.recipes import Static
+from sparsesurvey.structure import Pattern, Structure, check_weight
+
+
+class FactoredLinear(SparseLinear):
+    """``y = x @ W.T + bias`` where W is what ``structure`` unpacks from ``values``, the parameter.
+
+    All three products are the structure's own: there is no dense weight and no dense gradient (``kernel="reference"``
+    makes both for a moment). Everything else that is packed, such as the places of a sparse part, is a buffer and stays
+    as it was. The values are multiplied in their own dtype, under autocast in its own.
+
+    Args:
+        weight: ``[out, in]``, the weight to start from; the layer starts with the member that stands for it, scaled to
+            the same Frobenius norm, so that inputs of one variance have outputs of the variance that the dense layer
+            gives. What a structure packs of a scaled weight must be what it packs of the weight, scaled.
+
+    Raises:
+        ValueError: a weight that the structure does not divide, a structure that cannot be trained by the values that
+            it stores, or a kernel that has not all three products.
+    """
+
+    def __init__(self, weight: Tensor, structure: Structure, bias: Tensor | None = None, kernel: str = "reference") -> None:
+        nn.Module.__init__(self)  # a SparseLinear to whoever trains, checkpoints or densifies; made otherwise
+        check_weight(weight)
+        self.out_features, self.in_features = structure.check_shape(weight.shape)
+        _check_structure(structure, kernel)
+        self.structure, self.recipe, self.kernel = structure, Static(), kernel
+        packed = start(weight.detach(), structure)
+        self.values = nn.Parameter(packed.values.clone())
+        self._parts = []
+        for name, part in _parts(packed):
+            self._parts.append(name)
+            self.register_buffer(name, part)
+        self._form = _refill(packed, lambda name, part: part.to("meta"))
+        self._plans = (None, {})
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
+
+    @property
+    def packed(self) -> Any:
+        """The weight in the structure's format; its tensors are the layer's own."""
+        return _refill(self._form, lambda name, part: getattr(self, name))._replace(values=self.values.detach())
+
+    def spmm(self, x: Tensor) -> Tensor:
+        return super().spmm(x.to(self.values.dtype)).to(x.dtype)
+
+    def spmmt(self, dy: Tensor) -> Tensor:
+        return super().spmmt(dy.to(self.values.dtype)).to(dy.dtype)
+
+    def sddmm(self, dy: Tensor, x: Tensor) -> Tensor:
+        return super().sddmm(dy.to(self.values.dtype), x.to(self.values.dtype))
+
+
+def start(weight: Tensor, structure: Structure) -> Any:
+    """What a layer starts with: ``weight [out, in]`` packed, after a scaling that gives the member the weight's norm."""
+    packed = structure.pack(weight)
+    if not packed.values.is_floating_point():
+        raise ValueError(f"structure must store floating-point values to be trained, but {structure} stores {packed.values.dtype}")
+    near = structure.unpack(packed).double().norm()
+    return structure.pack((weight * (weight.double().norm() / near)).to(weight.dtype)) if near else packed
+
+
+def _check_structure(structure: Structure, kernel: str) -> None:
+    """Raise ValueError unless the structure is trained by its values, with one of its kernels."""
+    kind = type(structure)
+    if isinstance(structure, Pattern):
+        raise ValueError(f"structure must be one without a mask, got {structure}: SparseLinear trains it")
+    if kind.forward_weight is not Structure.forward_weight or kind.backward_weight is not Structure.backward_weight:
+        raise ValueError(f"structure must have one weight for both directions, but {structure} prunes them apart: that needs "
+                         "a recipe with two masks, which there is none of yet")
+    able = set.intersection(*(set(structure.kernels(product)) for product in PRODUCTS))
+    if kernel not in able:
+        raise ValueError(f"kernel must be one of {', '.join(sorted(able))}, which have all three products of {structure}; "
+                         f"got {kernel!r}")
+
+
+def _parts(packed: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of an operand, of inner ones too, but the values: under the name of its buffer."""
+    for name, part in packed._asdict().items():
+        if hasattr(part, "_replace"):
+            yield from _parts(part, f"{prefix}{name}_")
+        elif isinstance(part, Tensor) and name != "values":
+            yield prefix + name, part
+
+
+def _refill(packed: Any, find: Callable[[str, Tensor], Tensor], prefix: str = "") -> Any:
+    """The operand with what ``find`` gives in each place that ``_parts`` names.
+
+    Values become shapes: those of an inner operand are a part of the whole's, which the caller puts in.
+    """
+    made = {}
+    for name, part in packed._asdict().items():
+        if hasattr(part, "_replace"):
+            made[name] = _refill(part, find, f"{prefix}{name}_")
+        elif isinstance(part, Tensor):
+            made[name] = part.to("meta") if name == "values" else find(prefix + name, part)
+    return packed._replace(**made)
+
+
+def factorise(model: nn.Module, structure: Structure, modules: Iterable[str] = MLP, kernel: str = "reference") -> nn.Module:
+    """Replace, in place, the linear layers named ``modules`` by ``FactoredLinear`` ones; return the model.
+
+    Nothing is random: each layer starts from the weight that it has. ``linear.densify`` inverts it, ``linear.densities``
+    counts it. Every layer is checked before any is replaced.
+
+    Raises:
+        ValueError: a layer that the structure does not divide, a structure or kernel that cannot train, or no linear
+            layer of such a name.
+    """
+    modules = tuple(modules)
+    chosen = {name: part for name, part in model.named_modules()
+              if isinstance(part, nn.Linear) and name.rpartition(".")[2] in modules}
+    if not chosen:
+        raise ValueError(f"modules must name linear layers of the model, got {', '.join(modules)}: it has none such")
+    made = {}
+    for name, part in chosen.items():
+        try:
+            made[name] = FactoredLinear(part.weight, structure, part.bias, kernel)
+        except ValueError as error:
+            raise ValueError(f"{name} cannot be factored: {error}") from error
+    for name, layer in made.items():
+        model.set_submodule(name, layer)
+    return model
