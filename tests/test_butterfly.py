@@ -42,7 +42,7 @@ def test_density_is_factors_plus_one_over_size(structure):
 
 @each
 def test_as_many_layers_as_factors_reach_everything_within_their_span(structure):
-    """From p one layer changes any one of the lowest bits: after ``factors`` of them every pattern of these is reached."""
+    """One layer changes any one of the lowest bits: ``factors`` layers reach every pattern of these."""
     span = 2**structure.factors
     reach = torch.matrix_power(structure.layout().double(), structure.factors) > 0
     same = torch.arange(structure.size) // span

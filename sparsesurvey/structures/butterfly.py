@@ -67,9 +67,9 @@ class Butterfly(Pattern):
 
     def facts(self) -> Facts:
         why = "row {row}: {row_kept} of {cols} kept, whatever the weights; the pattern is fixed"
-        hardware = ("Dense tensor cores multiply the blocks, whose places are known before training and cost no memory. "
-                    f"A block is a {self.size}th of the weight each way, large enough in a large layer; in a small one "
-                    "expect what the chapter on blocks says of low blocks.")
+        hardware = ("Dense tensor cores multiply the blocks, whose places are known before training and cost no "
+                    f"memory. A block is a {self.size}th of the weight each way, large enough in a large layer; in a "
+                    "small one expect what the chapter on blocks says of low blocks.")
         return Facts("dense tensor cores", hardware, self.density, 0.0, why, pruned=why)
 
     def layout(self, device: torch.device | str = "cpu") -> Tensor:

@@ -75,7 +75,8 @@ class Diagonal(Pattern):
         return self.diagonals(shape) * 8 * index_dtype(max(shape)).itemsize
 
     def facts(self) -> Facts:
-        why = "number {rank_row} of row {row} by magnitude, {row_kept} of {cols} kept: what counts is its wrapped diagonal's Σ|w|"
+        why = ("number {rank_row} of row {row} by magnitude, {row_kept} of {cols} kept: what counts is its wrapped "
+               "diagonal's Σ|w|")
         hardware = ("A diagonal gives each output one weight, so that a block that a tensor core multiplies is nearly "
                     f"empty unless diagonals lie side by side. {WHY_NOT}")
         return Facts(NO_PATH, hardware, 1.0, 0.0, why, pruned=why)
@@ -212,7 +213,7 @@ def skewed(matrix: Tensor) -> Tensor:
 
 
 def around(matrix: Tensor, short: int) -> Tensor:
-    """``[rows, long]`` beside its first ``short - 1`` columns: every window of ``short`` that wraps lies in one piece."""
+    """``[rows, long]`` beside its first ``short - 1`` columns: a window of ``short`` that wraps lies in one piece."""
     return torch.cat([matrix, matrix[:, : short - 1]], 1)
 
 
@@ -250,7 +251,8 @@ def gathering(values: Tensor, offsets: Tensor, out: int, inn: int) -> tuple[Plan
 
     def few(x: Tensor) -> Tensor:
         windows = around(x, out).unfold(1, out, 1)  # [tokens, in, out], a view
-        return windows.index_select(1, offsets).mul_(values).sum(1)
+        sums = [mine.index_select(0, offsets).mul_(values).sum(0) for mine in windows]
+        return torch.stack(sums) if sums else x.new_zeros(0, out)
 
     def many(x: Tensor) -> Tensor:
         x, y = around(x, out), x.new_zeros(len(x), out)

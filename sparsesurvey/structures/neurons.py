@@ -83,8 +83,8 @@ class Neurons(Pattern):
 
     def facts(self) -> Facts:
         why = "row {row}: {row_kept} of {cols} kept; a neuron stays or goes as a whole, by its Σ|w|"
-        hardware = ("Every machine multiplies a smaller dense matrix faster, with the library that it has. Where an MLP "
-                    "drops the same neurons in all three projections, there is nothing to gather and nothing to look up.")
+        hardware = ("Every machine multiplies a smaller dense matrix faster, with the library that it has. Where an "
+                    "MLP drops the same neurons in all three projections, nothing is gathered and nothing looked up.")
         return Facts("dense, smaller", hardware, self.density, 0.0, why, pruned=why)
 
     def holds(self, mask: Tensor) -> bool:
@@ -92,7 +92,7 @@ class Neurons(Pattern):
         return int(used.count_nonzero()) <= self.neurons(mask.shape)
 
     def select(self, scores: Tensor) -> Tensor:
-        """The neurons with the highest sums of scores, which is optimal for the sum of all kept scores of one weight."""
+        """The neurons with the highest sums of scores, which is optimal for one weight."""
         across = 1 - self.dim(scores.shape)
         sums = scores.sum(across, dtype=torch.promote_types(scores.dtype, torch.float32))
         return top(sums, self.neurons(scores.shape)).unsqueeze(across).repeat_interleave(scores.shape[across], across)
@@ -138,7 +138,7 @@ class Neurons(Pattern):
 
 
 def small_product(name: str, small: Tensor, index: Tensor, gather: bool, shape: Shape) -> Plan:
-    """Plan of ``x [tokens, shape[0]]`` to ``[tokens, shape[1]]`` by ``small``, which has the rows or columns ``index``."""
+    """Plan of ``x [tokens, shape[0]]`` to ``[tokens, shape[1]]`` by ``small``, which has some of its rows or columns."""
     def run(x: Tensor) -> Tensor:
         x = check_activations(name, x, shape[0], small)
         if gather:
@@ -177,9 +177,11 @@ def shrink(model: nn.Module, density: float) -> nn.Module:
     """
     check_density(density)
     names = ("gate_proj", "up_proj", "down_proj")
-    blocks = [part for part in model.modules() if all(isinstance(getattr(part, name, None), nn.Linear) for name in names)]
+    linear = lambda part: all(isinstance(getattr(part, name, None), nn.Linear) for name in names)
+    blocks = [part for part in model.modules() if linear(part)]
     if not blocks:
-        raise ValueError(f"model must have modules with linear layers {', '.join(names)}, got a {type(model).__name__} with none")
+        raise ValueError(f"model must have modules with linear layers {', '.join(names)}, "
+                         f"got a {type(model).__name__} with none")
     for block in blocks:
         layers = [getattr(block, name) for name in names]
         weights = [layer.weight.detach() for layer in layers]
