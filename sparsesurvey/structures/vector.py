@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sparsesurvey.structure import Facts, Pattern, Plan, Shape, check_int, check_order, check_part, tiles, top
 from sparsesurvey.structures.block import BREAK_EVEN, Panel, gather_gradient_plan, gather_plan, scatter_plan
+from sparsesurvey.structures.nm import tensor_cores
 
 
 class PackedVectorNM(NamedTuple):
@@ -68,8 +69,9 @@ class VectorNM(Pattern):
         why = "{rows}-row tile ({tile_row}, {tile_col}): column {col} is one of the {cols_kept} of {cols} that it keeps"
         gone = "{rows}-row tile ({tile_row}, {tile_col}): column {col} is none of the {cols_kept} of {cols} that it keeps"
         positions, arithmetic = log2(comb(m, n)) / (v * m), min(1.0, n / m * max(1.0, 8 / v))
-        if n == m:
-            return Facts("baseline", f"{n}:{m} prunes nothing.", 1.0, positions, why, gone, why)
+        verdict, hardware, plain = tensor_cores(n, m)
+        if n == m or plain < arithmetic:  # too low to gather for: what the rows are by themselves
+            return Facts(verdict, hardware, plain, positions, why, gone, why, 1.0, 1.0)
         height = max((height for height in BREAK_EVEN if height <= v), default=None)
         if height is None:
             hardware = f"An instruction takes 8 outputs that share their inputs; panels of {v} fill it only in part."
