@@ -103,6 +103,22 @@ def patterns(structures: Sequence[Structure], weight: Tensor) -> Figure:
     return figure
 
 
+def factors(structure: Structure, parts: Mapping[str, Tensor]) -> Figure:
+    """The matrices that a structure without a mask is made of, and what they make, at one scale: darker = larger, zeros empty."""
+    widths = [part.shape[1] for part in parts.values()]
+    most = max(part.shape[0] for part in parts.values())
+    figure, axes = plt.subplots(1, len(parts), figsize=(8, 0.6 + 7.6 * most / (sum(widths) + 8 * len(parts))), width_ratios=widths)
+    shades = LinearSegmentedColormap.from_list("kept", [(1, 1, 1), to_rgb(colour(str(structure)))])
+    for ax, (name, part) in zip(axes, parts.items()):
+        image = np.where((part != 0).numpy(), _strength(part), 0.0)
+        ax.imshow(image, cmap=shades, vmin=0, vmax=1, interpolation="nearest", aspect="equal")
+        ax.set(xticks=[], yticks=[], title=name, xlabel=f"{part.shape[0]} x {part.shape[1]}")
+        ax.grid(False)
+        for spine in ax.spines.values():
+            spine.set(visible=True, color="#999999", linewidth=0.6)
+    return figure
+
+
 def retention(tables: dict[str, pd.DataFrame], ax: Axes | None = None) -> Axes:
     """Share of the best unstructured choice's energy that each structure keeps; one table of ``pruning.retention`` a weight."""
     ax = ax or plt.figure().add_subplot()

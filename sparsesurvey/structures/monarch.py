@@ -90,8 +90,8 @@ class Monarch(Structure):
     def pack(self, weight: Tensor) -> PackedMonarch:
         """The closest member in the Frobenius norm: the largest ``rank`` singular triples of every slice.
 
-        Slices are independent, so the best of each is the best of all (Dao et al. 2022, Theorem 1; Eckart and Young
-        1936). Both factors get the root of the singular values.
+        Slices are independent, so the best of each (Eckart and Young 1936) is the best of all (Dao et al. 2022, for rank
+        1). Both factors get the root of the singular values.
         """
         check_weight(weight)
         slices = self.slices(weight.detach()).contiguous()
