@@ -65,8 +65,8 @@ def products(structure: Structure, shape: Shape, tokens: int, chapter: str, *, d
     at = {"out": shape[0], "in": shape[1], "tokens": tokens, "dtype": dtype, "threads": threads, "product": product}
     if where.type == "cuda":
         at["cache"] = "flushed" if flush_l2 else "warm"
-    with _threads(threads):
-        book = _Book(str(structure), type(structure).__module__, at, Machine.current(device), chapter, record)
+    with cpu_threads(threads):
+        book = Book(str(structure), type(structure).__module__, at, Machine.current(device), chapter, record)
         missing = [name for name in runs if not book.complete(name)]
         unavailable: dict[str, str] = {}
         if missing:
@@ -98,7 +98,7 @@ def noise(shape: Shape, tokens: int, *, dtype: str = "float32", device: str = "c
     """Dense against itself: how far raw times stray (``spread``) and their paired ratio from 1 (``speedup_spread``)."""
     _check_case(shape, tokens, dtype, threads, "spmm")
     where = measure.check_device(device)
-    with _threads(threads):
+    with cpu_threads(threads):
         weight, inputs = _operands(shape, tokens, DTYPES[dtype], where, "spmm")
         run = _call(_dense("spmm", weight), inputs)
         return measure.compare({"dense": run, "dense again": run}, "dense", rounds, min_seconds, device)
@@ -113,11 +113,11 @@ def calibrate(device: str = "cpu", threads: int = 1, record: str = "", rounds: i
     """
     check_int("threads", threads, 1)
     where = measure.check_device(device)
-    with _threads(threads):
+    with cpu_threads(threads):
         machine, books = Machine.current(device), {}
         for name, (metric, settings, _) in _probes(where).items():
             at = {**settings, "threads": threads}
-            books[name] = metric, _Book("dense", "sparsesurvey.probes", at, machine, "measuring", record)
+            books[name] = metric, Book("dense", "sparsesurvey.probes", at, machine, "measuring", record)
         if not all(book.rows(["torch"], metric) for metric, book in books.values()):
             made = {name: make() for name, (_, _, make) in _probes(where).items()}
             runs = {name: run for name, (run, _) in made.items()}
@@ -146,8 +146,10 @@ def _probes(device: torch.device) -> dict[str, tuple[str, dict, Callable[[], tup
     }
 
 
-class _Book:
+class Book:
     """The rows of one structure under the same settings on this machine: what is there, and how to add to it."""
+
+    metrics = METRICS
 
     def __init__(self, structure: str, source: str, at: dict[str, Any], machine: Machine, chapter: str, folder: str):
         self.structure, self.source, self.at, self.machine = structure, source, at, machine
@@ -170,16 +172,16 @@ class _Book:
             self.add(name, "speedup", "x", time.speedup, time.speedup_low, time.speedup_high)
 
     def rows(self, methods: Iterable[str], metric: str | None = None) -> list[Measurement]:
-        """What is recorded of these methods with this code, in their order and that of ``METRICS``."""
+        """What is recorded of these methods with this code, in their order and that of ``metrics``."""
         order = {name: rank for rank, name in enumerate(methods)}
-        metrics = [metric] if metric else list(METRICS)
+        metrics = [metric] if metric else list(self.metrics)
         mine = [row for row in measure.live(self.chapter, self.folder)
                 if row.structure == self.structure and row.method in order and row.metric in metrics
                 and row.code == self.code and row.machine.slug == self.machine.slug and row.at == self.at]
         return sorted(mine, key=lambda row: (order[row.method], metrics.index(row.metric)))
 
     def complete(self, kernel: str) -> bool:
-        return {row.metric for row in self.rows([kernel])} == set(METRICS)
+        return {row.metric for row in self.rows([kernel])} == set(self.metrics)
 
 
 class _Case:
@@ -273,7 +275,7 @@ def _check_case(shape: Shape, tokens: int, dtype: str, threads: int, product: st
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def cpu_threads(count: int) -> Iterator[None]:
     """torch's threads for a while."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)

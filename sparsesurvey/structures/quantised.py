@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from sparsesurvey.structure import (
-    Facts, Plan, Shape, Structure, Unavailable, check_int, check_part, check_weight, compress_rows, pack_bits,
+    Facts, Plan, Shape, Structure, Unavailable, check_int, check_part, pack_bits,
 )
 from sparsesurvey.structures.nm import NM, PackedNM, tensor_cores
 from sparsesurvey.structures.unstructured import PackedCSR, check_library, tiled_product, torch_csr
@@ -81,7 +81,8 @@ class QuantisedNM(Structure):
             "Integers of 4 bits are turned to 16-bit numbers on their way to the tensor cores, so that they save bytes and no "
             f"arithmetic. {hardware}"
         )
-        return Facts(f"4-bit weights; {verdict}", hardware, arithmetic, log2(comb(m, n)) / m, why, pruned=why)
+        positions = log2(comb(m, n)) / m
+        return Facts(f"4-bit weights; {verdict}", hardware, arithmetic, positions, why, pruned=why, input_grad=1.0, weight_grad=1.0)
 
     def nnz(self, shape: Shape) -> int:
         return self.inner.nnz(self.check_shape(shape))
@@ -106,31 +107,33 @@ class QuantisedNM(Structure):
         A kept weight may be rounded to zero. Which zero of its n of m stands for it is then of no account, and the
         first is taken, so that a member is packed as it was before.
         """
-        check_weight(weight)
-        weight = weight.detach()
-        out, inn = self.check_shape(weight.shape)
-        kept = self.inner.select(weight.abs())
-        codes, scales = quantise(weight[kept].view(out, -1), self.group)
-        placed = codes.new_zeros(out, inn).masked_scatter_(kept, codes)
-        kept = self.inner.select((placed != 0).float())
-        return PackedInt4(pack_bits(placed[kept].view(out, -1) & 15, 4), scales, self.inner.encode(kept), (out, inn))
+        chosen = self.inner.pack(self.inner.project(weight).detach())
+        codes, scales = quantise(chosen.values.flatten(1), self.group)
+        placed = self.inner.unpack(chosen._replace(values=codes.to(weight.dtype).view_as(chosen.values)))
+        final = self.inner.pack(placed)
+        return PackedInt4(pack_bits(final.values.flatten(1).to(torch.int8) & 15, 4), scales, final.index, final.shape)
 
     def unpack(self, packed: PackedInt4) -> Tensor:
-        kept, decode = self.kept(packed), self.decoder(packed)
-        return packed.scales.new_zeros(kept.shape).masked_scatter(kept, decode())
+        decode = self.decoder(packed)
+        return self.inner.unpack(self.as_nm(packed, decode()))
 
-    def kept(self, packed: PackedInt4) -> Tensor:
-        """Which inputs are stored, bool ``[out, in]``; ValueError if the operand is corrupt."""
+    def as_nm(self, packed: PackedInt4, values: Tensor) -> PackedNM:
+        """An operand of ``inner`` with the places of this one."""
+        out, inn = packed.shape
+        return PackedNM(values.view(out, inn // self.m, self.n), packed.index, (out, inn))
+
+    def check(self, packed: PackedInt4) -> None:
+        """Raise ValueError if codes or scales are corrupt; ``inner`` looks at the index."""
         out, inn = self.check_shape(packed.shape)
         count, groups = self.row(inn)
         check_part("values", packed.values, torch.uint8, (out, ceil(count / 2)))
         check_part("scales", packed.scales, None, (out, groups))
         if not (packed.scales.isfinite() & (packed.scales > 0)).all():
             raise ValueError("packed.scales must be finite and above 0")
-        return self.inner.decode(PackedNM(packed.values, packed.index, (out, inn)))
 
     def decoder(self, packed: PackedInt4) -> Callable[[], Tensor]:
         """A function of no argument that reads the codes and gives the kept weights ``[out, kept]``."""
+        self.check(packed)
         (count, _), scales = self.row(packed.shape[1]), packed.scales.detach()
         byte = torch.arange(256, device=scales.device)
         pairs = torch.stack([byte & 15, byte >> 4], 1)  # of codes, by the byte that holds them
@@ -153,16 +156,15 @@ class QuantisedNM(Structure):
 
     def decoded_product(self, name: str, packed: PackedInt4, turn: Callable[[PackedCSR], PackedCSR]) -> Plan:
         """Plan of the product with the weight, or with its transpose, in the order that ``turn`` puts its entries."""
-        kept, decode = self.kept(packed), self.decoder(packed)
+        decode, count = self.decoder(packed), self.nnz(packed.shape)
         check_library(packed.scales)
-        number = torch.arange(self.nnz(packed.shape), device=kept.device)
-        turned = turn(PackedCSR(number, *compress_rows(kept), packed.shape))
-        order = None if turned.values is number else turned.values
+        number = torch.arange(count, dtype=torch.float64, device=packed.scales.device)
+        csr = turn(self.inner.general(self.as_nm(packed, number)))
+        order = csr.values.long()
 
         def run(x: Tensor) -> Tensor:
-            values = decode().flatten()
-            values = values if order is None else values.index_select(0, order)
-            return tiled_product(name, torch_csr(turned._replace(values=values)))(x)
+            values = decode().flatten().index_select(0, order)
+            return tiled_product(name, torch_csr(csr._replace(values=values)))(x)
 
         return run
 
