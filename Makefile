@@ -39,11 +39,18 @@ clean:
 distclean: clean
 	rm -rf $(VENV) node_modules $(VENDOR)
 
+# A GPU build of torch brings the triton that it was made with. With a CPU build one is installed that compiles our
+# kernels ahead of time and interprets them: their tests need no GPU.
+TRITON  := 3.6.0
+
 # Nothing is installed again until the requirements change.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=…")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
+	$(BIN)/python -c "import triton" 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check "triton==$(TRITON)" || \
+		echo "triton was not found: the tests that interpret and compile its kernels are skipped."
 	touch $@
 
 # The front-end files of widgets and formulas: pinned by package-lock.json, copied, never committed. The fonts go to two

@@ -25,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil, prod
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -181,6 +182,31 @@ class Block(Pattern):
         bounds = pairwise(packed.row_pointers.tolist())
         return [Panel(columns[a:b], values[a:b].reshape(-1, self.rows)) for a, b in bounds]
 
+    # On a GPU each stored block is a tile of tensor-core products, in Triton (kernels/block.py).
+
+    def spmm_triton(self, packed: PackedBSR) -> Plan:
+        device_code, (rows, columns), grid = self.device_code(packed), self.places(packed), self.grid(packed.shape)
+        sizes = (grid[0], self.rows), (grid[1], self.cols)
+        return device_code.product_plan("x", device_code.arrange(packed.values, rows, columns, *sizes, transposed=False))
+
+    def spmmt_triton(self, packed: PackedBSR) -> Plan:
+        device_code, (rows, columns), grid = self.device_code(packed), self.places(packed), self.grid(packed.shape)
+        sizes = (grid[1], self.cols), (grid[0], self.rows)
+        return device_code.product_plan("dy", device_code.arrange(packed.values, columns, rows, *sizes, transposed=True))
+
+    def sddmm_triton(self, packed: PackedBSR) -> Plan:
+        device_code, (rows, columns) = self.device_code(packed), self.places(packed)
+        return device_code.gradient_plan(packed.values, rows, columns, self.grid(packed.shape))
+
+    def device_code(self, packed: PackedBSR) -> ModuleType:
+        """The Triton kernels, or raise Unavailable where they cannot multiply this operand."""
+        try:
+            from sparsesurvey.kernels import block
+        except ImportError:
+            raise Unavailable("needs triton") from None
+        block.require_blocks(packed.values, packed.shape)
+        return block
+
     def spmm_torch_bsr(self, packed: PackedBSR) -> Plan:
         self.places(packed)
         return torch_product("x", torch_bsr(packed))
@@ -260,7 +286,7 @@ def add_up(output: Tensor, summands: list[tuple[Tensor, Tensor]]) -> None:
 
 def block_gradient_plan(rows: list[int], columns: list[int], grid: Shape, like: Tensor) -> Plan:
     """Plan of one product ``dy[:, row].T @ x[:, column]`` for each stored block."""
-    (down, across), (blocks, height, width) = grid, like.shape
+    (down, across), (_, height, width) = grid, like.shape
 
     def run(dy: Tensor, x: Tensor) -> Tensor:
         dy, x = check_pair(dy, x, (down * height, across * width), like)
