@@ -198,6 +198,18 @@ class Block(Pattern):
         device_code, (rows, columns) = self.device_code(packed), self.places(packed)
         return device_code.gradient_plan(packed.values, rows, columns, self.grid(packed.shape))
 
+    def swiglu_triton(self, gate: PackedBSR, up: PackedBSR, backward: bool = False) -> Plan:
+        """Plan of ``h = silu(x @ gate.T) * (x @ up.T)``, or of ``dg, du = run(x, dh)``, for two weights with the same blocks."""
+        device_code, (rows, columns), grid = self.device_code(gate), self.places(gate), self.grid(gate.shape)
+        same = (up.columns.equal(gate.columns) and up.row_pointers.equal(gate.row_pointers) and up.shape == gate.shape)
+        if not same:
+            raise ValueError("up must have the blocks of gate, got other places: choose one mask for both")
+        from sparsesurvey.kernels import swiglu
+
+        sides = [device_code.arrange(part.values, rows, columns, (grid[0], self.rows), (grid[1], self.cols), transposed=False)
+                 for part in (gate, up)]
+        return swiglu.gated_plan(*sides, backward)
+
     def device_code(self, packed: PackedBSR) -> ModuleType:
         """The Triton kernels, or raise Unavailable where they cannot multiply this operand."""
         try:
