@@ -38,9 +38,11 @@ def style() -> None:
 
 
 def family(structure: str) -> str:
-    """The family that a notation belongs to: ``2:4`` is N:M, ``block 8x8 50%`` is block."""
-    if re.fullmatch(r"\d+:\d+", structure):
+    """The family that a notation belongs to: ``2:4`` is N:M, ``2:4+2:8`` is TASD, ``block 8x8 50%`` is block."""
+    if re.fullmatch(r"\d+:\d+( out)?", structure):
         return "N:M"
+    if re.fullmatch(r"\d+:\d+(\+\d+:\d+)+", structure):
+        return "TASD"
     if re.fullmatch(r"\d+:\d+:\d+", structure):
         return "V:N:M"
     return structure.split()[0]
@@ -110,7 +112,8 @@ def factors(structure: Structure, parts: Mapping[str, Tensor]) -> Figure:
     figure, axes = plt.subplots(1, len(parts), figsize=(8, 0.6 + 7.6 * most / (sum(widths) + 8 * len(parts))), width_ratios=widths)
     shades = LinearSegmentedColormap.from_list("kept", [(1, 1, 1), to_rgb(colour(str(structure)))])
     for ax, (name, part) in zip(axes, parts.items()):
-        image = np.where((part != 0).numpy(), _strength(part), 0.0)
+        image = np.zeros(tuple(part.shape))
+        image[(part != 0).numpy()] = _strength(part[part != 0])
         ax.imshow(image, cmap=shades, vmin=0, vmax=1, interpolation="nearest", aspect="equal")
         ax.set(xticks=[], yticks=[], title=name, xlabel=f"{part.shape[0]} x {part.shape[1]}")
         ax.grid(False)
