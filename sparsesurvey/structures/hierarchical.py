@@ -170,8 +170,8 @@ class Hierarchical(Pattern):
         values = packed.values.reshape(-1, self.block, self.keep)
         return PackedNM(values, packed.index, (len(values), self.block**2))
 
-    # A CPU can use either level. ``gather`` multiplies the blocks that stay as dense ones; ``torch_csr`` and the like skip
-    # every zero and are told nothing of blocks. At half of half, the first is faster; far below, the others are.
+    # A CPU can use either level. ``gather`` multiplies the blocks that stay as dense ones, zeros included; the products of
+    # CSR skip every zero and are told nothing of blocks. From about a quarter of the weights down the latter win.
 
     def coarse(self, packed: PackedHierarchical) -> tuple[Block, PackedBSR]:
         """The blocks with the zeros in them, as an operand of the block structure."""
