@@ -262,7 +262,7 @@ class TEW(Pattern):
             raise ValueError(f"delta must be below the density, {self.density}, got {self.delta!r}")
 
     def __str__(self) -> str:
-        return f"TEW {self.g} {100 * (self.density - self.delta):g}%+{100 * self.delta:g}%"
+        return f"TW {self.g} {100 * (self.density - self.delta):g}%+{100 * self.delta:g}%"
 
     @classmethod
     def variants(cls) -> tuple["TEW", ...]:
@@ -386,7 +386,7 @@ class TVW(Pattern):
             raise ValueError(f"density must be at most 0.5, that of 2:4 alone, got {self.density!r}")
 
     def __str__(self) -> str:
-        return f"TVW {self.g} {100 * self.density:g}%"
+        return f"TW {self.g} {100 * self.density:g}% 2:4"
 
     @classmethod
     def variants(cls) -> tuple["TVW", ...]:
