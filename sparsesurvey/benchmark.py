@@ -192,11 +192,9 @@ class _Case:
         weight, self.inputs = _operands(shape, tokens, dtype, device, product)
         self.dense = _dense(product, weight)
         if isinstance(structure, Pattern):
-            member = weight * structure.mask(magnitude(weight.cpu())).to(device)
-        else:
-            member = structure.unpack(structure.pack(weight))
-        self.packed = structure.pack(member)
-        self.structure, self.member, self.product = structure, member, product
+            weight = weight * structure.mask(magnitude(weight.cpu())).to(device)
+        self.packed = structure.pack(weight)
+        self.structure, self.product = structure, product
         length = tokens if product == "sddmm" else shape[product == "spmm"]
         rounding = torch.finfo(dtype).eps
         # A sum of n terms in fp32 or fp64 strays by about sqrt(n) roundings; fp16 and bf16 are summed in fp32 and
@@ -206,11 +204,11 @@ class _Case:
     @cached_property
     def right(self) -> Tensor:
         """The product in float64; the weight gradient at the stored weights, as ``packed.values`` are."""
-        member = self.member.double()
         if self.product == "sddmm":
-            exact = self.structure.sddmm_reference(self.structure.pack(member))
+            exact = self.structure.sddmm_reference(self.packed._replace(values=self.packed.values.double()))
         else:
-            exact = _dense(self.product, member)
+            unpack = self.structure.forward_weight if self.product == "spmm" else self.structure.backward_weight
+            exact = _dense(self.product, unpack(self.packed).double())
         return exact(*(operand.double() for operand in self.inputs))
 
     def error(self, name: str, plan: Plan) -> float:

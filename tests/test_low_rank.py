@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from sparsesurvey import pruning
-from sparsesurvey.structure import stored_bytes
-from sparsesurvey.structures import NM, Block, LowRank, LowRankSparse, Unstructured
+from sparsesurvey import benchmark, pruning
+from sparsesurvey.structure import PRODUCTS, stored_bytes
+from sparsesurvey.structures import NM, Block, LowRank, LowRankSparse, Monarch, Unstructured
 
 SUM = LowRankSparse(0.125, Unstructured(0.05))
 
@@ -143,6 +143,15 @@ def test_scaled_weights_have_scaled_projections():
     weight = random(32, 32)
     for structure in SUM, LowRank(0.25), LowRankSparse(0.1, NM(2, 4)):
         torch.testing.assert_close(structure.project(4 * weight), 4 * structure.project(weight))
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("structure", [SUM, LowRank(0.25), Monarch(4, 3)], ids=str)
+def test_benchmarks_hold_the_product_against_what_is_packed(structure, product, tmp_path):
+    """Factors are not unique: those of another packing, in float64 say, have another gradient."""
+    found = benchmark.products(structure, (64, 64), 8, "low_rank", product=product, record=str(tmp_path), rounds=3, min_seconds=1e-4)
+    errors = [row.value for row in found.rows if row.metric == "relative error"]
+    assert errors and max(errors) < 1e-5
 
 
 def test_an_inner_operand_of_another_shape_is_refused():
