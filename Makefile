@@ -28,7 +28,7 @@ book: $(READY) $(VENDOR)/.complete
 		$(if $(JOBS),--jobs $(JOBS)) $(if $(TIMEOUT),--timeout $(TIMEOUT))
 
 test: $(READY)
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 lab: $(READY)
 	SPARSESURVEY_ROWS=$(CURDIR)/_build/rows SPARSESURVEY_RUNS=$(CURDIR)/_build/runs $(BIN)/jupyter lab notebooks
