@@ -119,22 +119,19 @@ class Hierarchical(Pattern):
 
     def select(self, scores: Tensor) -> Tensor:
         """In each row of a block the highest; then the blocks that keep most: optimal, as blocks are independent."""
-        tiled = tiles(scores, self.block, self.block)
-        fine = top(tiled, self.keep)
-        wide = torch.promote_types(scores.dtype, torch.float32)
-        return self.choose(fine, (tiled * fine).sum((-2, -1), dtype=wide))
+        fine = self.inner.select(scores)
+        return self.choose(fine, scores * fine)
 
     def select_by_norm(self, scores: Tensor) -> Tensor:
         """First the blocks of the highest norm, with all their weights counted, then in each row the highest."""
-        tiled = tiles(scores, self.block, self.block)
-        squares = tiled.to(torch.promote_types(scores.dtype, torch.float32)).square()
-        return self.choose(top(tiled, self.keep), squares.sum((-2, -1)))
+        return self.choose(self.inner.select(scores), scores.to(torch.promote_types(scores.dtype, torch.float32)).square())
 
     def choose(self, fine: Tensor, worth: Tensor) -> Tensor:
-        """Mask ``[out, in]`` of the blocks of the highest worth, in them what ``fine`` keeps of each block."""
-        shape = (worth.shape[0] * self.block, worth.shape[1] * self.block)
-        coarse = top(worth.flatten(), self.stay(shape)).view(worth.shape)
-        return untile(fine & coarse[..., None, None])
+        """Of a mask ``[out, in]`` the blocks over which ``worth`` has the highest sums."""
+        wide = torch.promote_types(worth.dtype, torch.float32)
+        sums = tiles(worth, self.block, self.block).sum((-2, -1), dtype=wide)
+        stay = top(sums.flatten(), self.stay(fine.shape)).view(sums.shape)
+        return untile(tiles(fine, self.block, self.block) & stay[..., None, None])
 
     def nnz(self, shape: Shape) -> int:
         return self.stay(shape) * self.block * self.keep
