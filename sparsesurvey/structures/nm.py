@@ -145,9 +145,9 @@ class NM(Pattern):
 
     @property
     def position_bits(self) -> int:
-        """Bits of one position where positions are stored; 0 where a bitmap is shorter."""
+        """Bits of one position where positions are stored; 0 where a bitmap is shorter, or there is nothing to tell."""
         width = bits_for(self.m)
-        return width if self.n * width <= self.m else 0
+        return width if self.n < self.m and self.n * width <= self.m else 0
 
     @property
     def code_bits(self) -> int:
