@@ -128,11 +128,11 @@ def learn_order(structure: Pattern, scores: Tensor, window: int | None = None, s
     if scores.shape[1] % window:
         raise ValueError(f"window must divide the {scores.shape[1]} inputs, got {window}")
     draw = torch.Generator().manual_seed(seed)
-    raw = (1 + 0.1 * torch.rand(window, window, generator=draw)).div(window).to(scores.device).requires_grad_()
+    raw = doubly_stochastic(1 + 0.1 * torch.rand(window, window, generator=draw)).to(scores.device).requires_grad_()
     descent, whole = torch.optim.Adam([raw], lr=lr), scores.sum()
     dealt, penalties, shares = scores.float().unflatten(1, (-1, window)), [], []
     for step in range(steps):
-        soft = doubly_stochastic(raw)  # [input, place]
+        soft = doubly_stochastic(raw, rounds=5)  # [input, place]
         ordered = (dealt @ soft).flatten(1)
         kept = (ordered * structure.select(ordered.detach())).sum() / whole
         hardness = penalty(soft)
@@ -143,12 +143,14 @@ def learn_order(structure: Pattern, scores: Tensor, window: int | None = None, s
         descent.zero_grad()
         (strength * step / steps * hardness - kept).backward()
         descent.step()
-    soft = doubly_stochastic(raw).detach()
+        with torch.no_grad():  # or it drifts away, and counts strong inputs more than once
+            raw.copy_(doubly_stochastic(raw))
+    soft = raw.detach()
     return Learned(_assign(soft.T), soft, penalties, shares)
 
 
 def doubly_stochastic(matrix: Tensor, rounds: int = 10) -> Tensor:
-    """A square matrix, clamped to be positive, with rows and columns that sum to one (Sinkhorn and Knopp 1967)."""
+    """A square matrix, clamped to be positive, with columns that sum to one and rows that nearly do (Sinkhorn 1964)."""
     matrix = matrix.clamp(min=1e-6)
     for _ in range(rounds):
         matrix = matrix / matrix.sum(1, keepdim=True)

@@ -112,7 +112,10 @@ def test_learned_orders_beat_random_ones_and_assignment_beats_learning(structure
     assigned = kept_share(structure, scores, improve(structure, scores, torch.arange(64)))
     assert sorted(learned.order.tolist()) == list(range(64))
     assert max(kept_share(structure, scores), sum(random) / 20) < kept_share(structure, scores, learned.order) < assigned
-    assert learned.penalty[-1] < 0.3 * learned.penalty[0]
+    assert learned.penalty[-1] < 0.05 * learned.penalty[0]
+    for axis in (0, 1):  # what leaves the polytope counts strong inputs more than once, and keeps "more" than is there
+        torch.testing.assert_close(learned.soft.sum(axis), torch.ones(64), rtol=0, atol=0.1)
+    assert learned.kept[-1] == pytest.approx(kept_share(structure, scores, learned.order), abs=0.01)
 
 
 def test_learning_ends_when_the_penalty_is_low():
