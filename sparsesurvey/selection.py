@@ -11,14 +11,19 @@ from math import inf
 from time import perf_counter
 from typing import NamedTuple
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from sparsesurvey import measure
 from sparsesurvey.benchmark import DTYPES, Book, cpu_threads
+from sparsesurvey.figures import by_machine, colour, empty
 from sparsesurvey.measure import Machine, Measurement, Timing
+from sparsesurvey.roofline import Roofline
 from sparsesurvey.structure import Pattern, Shape, Structure, Unavailable, check_int, tiles
 from sparsesurvey.tables import measured, unnumbered
 
@@ -29,8 +34,8 @@ SHORTFALL, FASTER = "below the optimum", "times as fast as the optimum"
 
 FULL = (4096, 14336)  # a down projection of a Mistral 7B: what the targets are stated for
 PRESETS = {  # by the chapters' presets: of the survey, and of the comparison with an exact solver
-    "quick": ({"shape": (256, 1792), "rounds": 3, "min_seconds": 1e-3, "patience": 0.1}, {"shape": (128, 128), "sample": 16}),
-    "default": ({"shape": (256, 1792), "rounds": 3, "min_seconds": 2e-3, "patience": 0.1}, {"shape": (256, 256), "sample": 32}),
+    "quick": ({"shape": (256, 1792), "rounds": 3, "min_seconds": 1e-3, "patience": 0.25}, {"shape": (128, 128), "sample": 16}),
+    "default": ({"shape": (256, 1792), "rounds": 3, "min_seconds": 2e-3, "patience": 0.25}, {"shape": (256, 256), "sample": 32}),
     "full": ({"shape": FULL, "rounds": 5, "min_seconds": 0.01, "patience": 60.0}, {"shape": (1024, 1024)}),
 }
 
@@ -244,3 +249,64 @@ def table(rows: Iterable[Measurement]) -> pd.DataFrame:
             line = lines.setdefault((row.structure, measured(row)), dict.fromkeys(COLUMNS.values(), ""))
             line[COLUMNS[row.method, row.metric]] = f"{row.value:.3g}"
     return unnumbered(pd.DataFrame([{"structure": name, **line, "measured": where} for (name, where), line in lines.items()]))
+
+
+def shares(rows: Iterable[Measurement], roofline: Roofline, tokens: int = 8192, every: Iterable[int] = (1, 10, 100)) -> pd.DataFrame:
+    """What choosing adds to a training step that refreshes the mask every so many steps, one line a structure.
+
+    It is the time to select (without a mask: to pack) over the least that the dense layer's three products take,
+    6 * tokens * out * in FLOP at the roofline's peak, which should be that of the machine and threads of the rows.
+    """
+    every, lines = list(every), {}
+    for row in rows:
+        if row.metric == "time" and row.method in (SELECT, PACK) and (row.method == SELECT or row.structure not in lines):
+            step = 6 * tokens * row.at["out"] * row.at["in"] / roofline.flops_per_second
+            lines[row.structure] = {f"every {count}" if count > 1 else "every step": row.value / count / step for count in every}
+    frame = pd.DataFrame.from_dict(lines, orient="index")
+    return frame.sort_values(frame.columns[0]) if lines else frame
+
+
+def draw(rows: Iterable[Measurement]) -> Figure:
+    """What choosing and packing cost, in reads of the weight: a line a structure, a panel a machine and shape.
+
+    A circle to select, a square to pack (of a structure without a mask: to choose and pack), hollow where the row is stale.
+    """
+    rows = [row for row in rows if row.metric == OVER[READ] and row.method in (SELECT, PACK)]
+    panels = {f"{', '.join(title.split(', ')[:-1])}\n{title.split(', ')[-1]}\n[{shape[0]} x {shape[1]}] {shape[2]}, {shape[3]} thread{'s' * (shape[3] > 1)}": mine
+              for title, group in by_machine(rows).items() for shape, mine in _by_shape(group).items()}
+    if not panels:
+        return empty("choosing has not been timed yet")
+    cost: dict[str, tuple[int, float]] = {}  # on the largest weight
+    for row in rows:
+        cost[row.structure] = max((row.at["out"] * row.at["in"], row.value), cost.get(row.structure, (0, 0.0)))
+    names = sorted(cost, key=lambda name: cost[name][1])
+    figure, axes = plt.subplots(1, len(panels), figsize=(7.4, 1.3 + 0.235 * len(names)), sharex=True, sharey=True, squeeze=False)
+    for ax, (title, mine) in zip(axes[0], panels.items()):
+        _draw_panel(ax, mine, names)
+        ax.set_title(title, fontsize=8)
+    axes[0, 0].set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.6))
+    axes[0, 0].tick_params(axis="y", labelsize=8)
+    figure.supxlabel("reads of the weight, log scale (one read: weight.sum())", fontsize=9)
+    handles = [plt.Line2D([], [], color="#333333", marker=MARKS[method], linestyle="", label=method) for method in MARKS]
+    figure.legend(handles=handles, loc="outside upper right", ncols=2, fontsize=8)
+    return figure
+
+
+MARKS = {SELECT: "o", PACK: "s"}
+
+
+def _by_shape(rows: Iterable[Measurement]) -> dict[tuple, list[Measurement]]:
+    found: dict[tuple, list[Measurement]] = {}
+    for row in rows:
+        found.setdefault(tuple(row.at[key] for key in ("out", "in", "dtype", "threads")), []).append(row)
+    return found
+
+
+def _draw_panel(ax: Axes, rows: Iterable[Measurement], names: list[str]) -> None:
+    for row in rows:
+        place, tint = names.index(row.structure), colour(row.structure)
+        ax.errorbar(row.value, place, xerr=[[row.value - row.low], [row.high - row.value]], color=tint, elinewidth=1, capsize=2,
+                    marker=MARKS[row.method], markersize=5, markerfacecolor="white" if row.stale else tint)
+    ax.axvline(1, color="#555555", linewidth=1, linestyle=":")
+    ax.set_xscale("log")
+    ax.xaxis.set_major_formatter(lambda reads, _: f"{reads:g}")

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sparsesurvey import measure, selection
+from sparsesurvey.roofline import Roofline
 from sparsesurvey.structure import Unavailable
 from sparsesurvey.structures import NM, Block, Dense, QuantisedNM, Transposable
 from sparsesurvey.structures.transposable import exhaustive, row_then_column
@@ -141,3 +142,28 @@ def test_presets_are_those_of_the_chapters():
     assert list(selection.PRESETS) == ["quick", "default", "full"]
     assert selection.PRESETS["full"][0]["shape"] == selection.FULL
     assert torch.get_num_threads() >= 1
+
+
+def test_figure_has_a_panel_a_shape_and_a_line_a_structure():
+    rows = [row(metric=READS, value=9.0), row("4:8", metric=READS), row(metric=READS, method="pack", out=256), row(metric=TOPK)]
+    figure = selection.draw(rows)
+    assert len(figure.axes) == 2 and [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["4:8", "2:4"]
+    assert "[4096 x 14336] float32, 1 thread" in figure.axes[0].get_title()
+    assert selection.draw([]).texts[0].get_text() == "choosing has not been timed yet"
+
+
+def test_share_of_a_training_step():
+    """6 * 10 * 4096 * 14336 FLOP at 6e9 FLOP/s take 0.587 s."""
+    rows = [row(method=method, metric="time", value=0.587) for method in ("pack", "select")] + [
+        row("monarch 16", method="pack", metric="time", value=5.87)]
+    table = selection.shares(rows, Roofline("here", 6e9, 1e9, "a test"), tokens=10, every=[1, 10])
+    assert table.index.tolist() == ["2:4", "monarch 16"] and table.columns.tolist() == ["every step", "every 10"]
+    assert table.to_numpy().flatten().tolist() == pytest.approx([1, 0.1, 10, 1], rel=1e-3)
+    assert selection.shares([], Roofline("here", 6e9, 1e9, "a test")).empty
+
+
+def test_select_counts_and_not_pack_where_both_are_there():
+    rows = [row(method="select", metric="time", value=1.0), row(method="pack", metric="time", value=2.0)]
+    here = Roofline("here", 6e9, 1e9, "a test")
+    for order in rows, rows[::-1]:
+        assert selection.shares(order, here)["every step"].tolist() == selection.shares(rows[:1], here)["every step"].tolist()
