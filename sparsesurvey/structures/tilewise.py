@@ -281,8 +281,8 @@ class TEW(Pattern):
         share = self.density - self.delta
         positions = entropy(share) / self.g + (1 - share) * entropy(self.delta / (1 - share))
         verdict, hardware, arithmetic = tile_facts(self.g, share)
-        hardware += (f" The {100 * self.delta:g} % of single weights need a second kernel, on ordinary CUDA cores, that adds to "
-                     "the same result: its time is not in the curve and is not small.")
+        hardware += (f" The {100 * self.delta:g} % of single weights need a second kernel, on ordinary CUDA cores, that adds "
+                     "to the same result: its time is not in the curve and is not small.")
         kept = "either all {rows} outputs of this tile keep input {col}, or this weight is one of the single ones: " \
             "number {rank_all} of {total} by magnitude"
         gone = "input {col} keeps {kept} of its {rows} weights in this tile; this one is number {rank_all} of {total}"
@@ -304,7 +304,8 @@ class TEW(Pattern):
     def select(self, scores: Tensor) -> Tensor:
         """The best pieces, then the best weights outside them: greedy, as a piece may be chosen for a weight of its own."""
         pieces = self.tilewise.select(scores)
-        return pieces | top(scores.masked_fill(pieces, -torch.inf).flatten(), self.singles(scores.shape)).view(scores.shape)
+        rest = scores.masked_fill(pieces, -torch.inf).flatten()
+        return pieces | top(rest, self.singles(scores.shape)).view(scores.shape)
 
     def index_bits(self, shape: Shape) -> int:
         out, inn = self.check_shape(shape)
@@ -318,7 +319,8 @@ class TEW(Pattern):
         single = top(rest.flatten(), self.singles(weight.shape)).view(kept.shape)
         tiled = inner.store(weight, inner.grouping(torch.zeros_like(kept)), pieces)
         values = torch.cat([tiled.values.flatten(), weight.detach()[single]])
-        return PackedTEW(values, tiled._replace(values=None), PackedCSR(None, *compress_rows(single), tiled.shape), tiled.shape)
+        rest = PackedCSR(None, *compress_rows(single), tiled.shape)
+        return PackedTEW(values, tiled._replace(values=None), rest, tiled.shape)
 
     def parts(self, packed: PackedTEW) -> tuple[PackedTW, PackedCSR]:
         """Both operands with their values; ValueError if they are corrupt or hold a weight twice."""
@@ -405,9 +407,11 @@ class TVW(Pattern):
         double = 2 * self.density
         positions = entropy(double) / self.g + double * log2(comb(QUAD, 2)) / QUAD
         height = max(1.0, 16 / self.g)  # sparse tensor cores take 16 rows that share their inputs
-        hardware = tile_facts(self.g, double)[1] + " Inside the tile sparse tensor cores halve what is left of the forward product."
+        hardware = tile_facts(self.g, double)[1]
+        hardware += " Inside the tile sparse tensor cores halve what is left of the forward product."
         why = "of the inputs that this tile of {rows} outputs keeps, in fours, output {row} keeps two each"
-        gone = "either this tile of {rows} outputs keeps nothing of input {col}, or output {row} has two larger ones in its four"
+        gone = "either this tile of {rows} outputs keeps nothing of input {col}, or output {row} has two larger ones in " \
+            "its four"
         grad = min(1.0, double * max(1.0, 8 / self.g))
         return Facts("gathered, then sparse tensor cores", hardware, min(1.0, grad, self.density * height), positions, why,
                      gone, gone, grad, grad)
@@ -464,7 +468,8 @@ class TVW(Pattern):
         compact = tiled.new_zeros(quads, QUAD, self.g).index_put_((quad, slot), tiled.mT[tile, column])
         inner = self.inner.pack(compact.mT.flatten(1))
         values = inner.values.view(quads, self.g, 2)
-        return PackedTVW(values, inner.index, columns.to(index_dtype(weight.shape[1])), pointers.int(), tuple(weight.shape))
+        columns = columns.to(index_dtype(weight.shape[1]))
+        return PackedTVW(values, inner.index, columns, pointers.int(), tuple(weight.shape))
 
     def places(self, packed: PackedTVW) -> tuple[Tensor, Tensor]:
         """Tile ``[quads]`` and inputs ``[quads, 4]`` of every quad, NONE where there is none; ValueError if corrupt."""
@@ -516,7 +521,8 @@ class TVW(Pattern):
 
     def sddmm_gather(self, packed: PackedTVW) -> Plan:
         run, quads = gather_gradient_plan(*self.panels(packed)), len(packed.values)
-        kept = self.inner.decode(PackedNM(packed.values, packed.index, (quads, QUAD * self.g))).view(quads, self.g, QUAD)
+        code = PackedNM(packed.values, packed.index, (quads, QUAD * self.g))
+        kept = self.inner.decode(code).view(quads, self.g, QUAD)
         nowhere = (self.places(packed)[1] == NONE).unsqueeze(1)
 
         def gradient(dy: Tensor, x: Tensor) -> Tensor:
@@ -534,12 +540,14 @@ def tile_facts(g: int, density: float) -> tuple[str, str, float]:
     arithmetic = min(1.0, density * max(1.0, 8 / g))
     height = max((height for height in BREAK_EVEN if height <= g), default=None)
     if height is None:
-        return "tiles too low", f"An instruction takes 8 outputs that share their inputs; tiles of {g} fill it only in part.", arithmetic
+        hardware = f"An instruction takes 8 outputs that share their inputs; tiles of {g} fill it only in part."
+        return "tiles too low", hardware, arithmetic
     low, high = BREAK_EVEN[height]
     verdict = "gathered, then dense tensor cores" if 100 * (1 - density) >= low else "tiles too low for this density"
     return verdict, (
         f"Every tile gathers its own inputs and is a dense product. An activation that is fetched serves the {g} outputs of "
-        f"the tile only: with many tokens, expect a gain on an H200 above {low} to {high} % sparsity (estimate, not in the curve)."
+        f"the tile only: with many tokens, expect a gain on an H200 above {low} to {high} % sparsity (estimate, not in the "
+        "curve)."
     ), arithmetic
 
 

@@ -67,7 +67,8 @@ class VectorNM(Pattern):
     def facts(self) -> Facts:
         v, n, m = self.v, self.n, self.m
         why = "{rows}-row tile ({tile_row}, {tile_col}): column {col} is one of the {cols_kept} of {cols} that it keeps"
-        gone = "{rows}-row tile ({tile_row}, {tile_col}): column {col} is none of the {cols_kept} of {cols} that it keeps"
+        gone = "{rows}-row tile ({tile_row}, {tile_col}): column {col} is none of the {cols_kept} of {cols} that it " \
+            "keeps"
         positions, arithmetic = log2(comb(m, n)) / (v * m), min(1.0, n / m * max(1.0, 8 / v))
         verdict, hardware, plain = tensor_cores(n, m)
         if n == m or plain < arithmetic:  # too low to gather for: what the rows are by themselves
@@ -78,8 +79,8 @@ class VectorNM(Pattern):
             return Facts("panels too low", hardware, arithmetic, positions, why, gone, why)
         low, high = BREAK_EVEN[height]
         hardware = (
-            f"The kept inputs of a panel of {v} outputs are gathered, and dense tensor cores multiply them. But an activation "
-            f"that is fetched serves only these {v}: with many tokens, expect a gain on an H200 above {low} to {high} % "
+            f"The kept inputs of a panel of {v} outputs are gathered, and dense tensor cores multiply them. But an "
+            f"activation that is fetched serves only these {v}: with many tokens, expect a gain on an H200 above {low} to {high} % "
             "sparsity (estimate, not in the curve). The public kernel, NM-SpMM, runs on CUDA cores in single precision."
         )
         verdict = "gathered, then dense tensor cores" if 100 * (1 - n / m) >= low else "panels too low for this density"
