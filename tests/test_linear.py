@@ -11,12 +11,12 @@ from sparsesurvey.linear import SparseLinear, densify, densities, sparse_layers,
 from sparsesurvey.mistral import build
 from sparsesurvey.recipes import Recipe, Static
 from sparsesurvey.scores import magnitude
-from sparsesurvey.structure import PRODUCTS, Unavailable
+from sparsesurvey.structure import PRODUCTS, Pattern, Unavailable
 from sparsesurvey.structures import NM, VNM, Block, Dense, Unstructured, all_structures
 
 SHAPE = (64, 128)
 STRUCTURES = [variant for kind in all_structures().values() for variant in kind.variants()
-              if SHAPE[0] % variant.tile[0] == 0 and SHAPE[1] % variant.tile[1] == 0]
+              if isinstance(variant, Pattern) and SHAPE[0] % variant.tile[0] == 0 and SHAPE[1] % variant.tile[1] == 0]
 FEW = [Dense(), NM(2, 4), VNM(16, 2, 8), Block(8, 8, 0.5), Unstructured(0.25)]
 
 
