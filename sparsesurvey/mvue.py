@@ -66,12 +66,13 @@ def mvue24_probabilities(group: Tensor, released: bool = False) -> Draw:
     size, order = wide.abs().sort(dim=-1, stable=True)
     a1, a2, a3, a4 = size.unbind(-1)
     total, rest, zero = size.sum(-1), a1 + a2 + a3, torch.zeros_like(a1)
-    first = [zero, (2 * a1 + a3 - a4) / 2, (2 * a1 - a3 + a4) / 2, (2 * a2 + a3 - a4) / 2, (2 * a2 - a3 + a4) / 2, a3 + a4 - a1 - a2]
+    first = [zero, a1 + (a3 - a4) / 2, a1 - (a3 - a4) / 2, a2 + (a3 - a4) / 2, a2 - (a3 - a4) / 2, a3 + a4 - a1 - a2]
     slip = 0.5 if released else 1.0
     second = [zero, zero, 2 * a1, rest - a4, slip * (a2 + a4 - a1 - a3), a3 + a4 - a1 - a2]
     third = [zero, zero, a1, zero, a2, torch.where(rest > 0, a3, 1.0)]  # a4 alone: with any other, which is zero
     light, heavy = (2 * a1 + a3 > a4).unsqueeze(-1), (a4 >= rest).unsqueeze(-1)
-    chances = torch.where(light, torch.stack(first, -1), torch.where(heavy, torch.stack(third, -1), torch.stack(second, -1)))
+    others = torch.where(heavy, torch.stack(third, -1), torch.stack(second, -1))
+    chances = torch.where(light, torch.stack(first, -1), others)
     chances = chances.clamp_min(0)
     half = (total / 2).unsqueeze(-1).expand_as(size)
     kept = half if released else torch.where(~light & heavy, torch.stack([rest, rest, rest, a4], -1), half)
@@ -92,7 +93,7 @@ def approximate_probabilities(group: Tensor) -> Draw:
 
 def _place(kept: Tensor, order: Tensor, group: Tensor) -> Tensor:
     """What each pair keeps ``[..., 6, 4]``, in the group's order and with its signs, from sizes by rising magnitude."""
-    inside = torch.tensor([[float(i in pair) for i in range(4)] for pair in PAIRS], device=kept.device, dtype=kept.dtype)
+    inside = torch.tensor([[float(i in pair) for i in range(4)] for pair in PAIRS]).to(kept)
     values = kept.unsqueeze(-2) * inside
     back = order.argsort(dim=-1).unsqueeze(-2).expand_as(values)
     return values.gather(-1, back) * group.sign().unsqueeze(-2)

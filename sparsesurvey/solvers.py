@@ -22,8 +22,8 @@ GAP, TIME = "below the optimum", "time a tile"
 Solver = Callable[[Tensor, int], Tensor]
 
 
-def contest(solvers: Mapping[str, Solver], optimum: str, structures: Iterable[Pattern], chapter: str, *, tiles: int = 64,
-            threads: int = 1, record: str = "", rounds: int = 3) -> list[Measurement]:
+def contest(solvers: Mapping[str, Solver], optimum: str, structures: Iterable[Pattern], chapter: str, *,
+            tiles: int = 64, threads: int = 1, record: str = "", rounds: int = 3) -> list[Measurement]:
     """Rows of each solver and structure: "below the optimum" (fraction) of the scores kept, and "time a tile" (s).
 
     The tiles are Gaussian magnitudes, and all are given to a solver at once, on the CPU. ``optimum`` names the solver
@@ -46,7 +46,8 @@ def contest(solvers: Mapping[str, Solver], optimum: str, structures: Iterable[Pa
     return found
 
 
-def _recorded(structure: Pattern, solvers: Mapping[str, Solver], at: dict, chapter: str, record: str) -> list[Measurement]:
+def _recorded(structure: Pattern, solvers: Mapping[str, Solver], at: dict, chapter: str,
+              record: str) -> list[Measurement]:
     """What is there of this structure on this machine with this code, or nothing if anything is missing."""
     code, slug = measure.code_of(_source(structure)), Machine.current("cpu").slug
     rows = [row for row in measure.live(chapter, record)
@@ -93,9 +94,9 @@ def draw(rows: Iterable[Measurement]) -> Figure:
     for ax, metric, scale in zip(axes, (GAP, TIME), (100, 1e6)):
         for number, name in enumerate(names):
             mine = {row.structure: row.value for row in rows if (row.method, row.metric) == (name, metric)}
-            line = [scale * mine[structure] if mine.get(structure, 0) > 1e-6 * (metric == GAP) else None for structure in structures]
-            places = [place for place, value in enumerate(line) if value is not None]
-            ax.plot(places, [line[place] for place in places], color=tints[number % len(tints)],
+            least = 1e-6 if metric == GAP else 0  # a rounding error is no gap
+            places = [place for place, structure in enumerate(structures) if mine.get(structure, 0) > least]
+            ax.plot(places, [scale * mine[structures[place]] for place in places], color=tints[number % len(tints)],
                     marker=MARKERS[number % len(MARKERS)], label=name)
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")

@@ -23,7 +23,7 @@ def test_a_weight_of_four_by_four():
     forward = [[0, 8, 0, 9], [0, 7, 0, 3], [0, 6, 5, 0], [0, 5, 0, 9]]  # two of each row
     for nested, backward in (
         (False, [[0, 8, 0, 9], [0, 7, 0, 0], [3, 0, 5, 0], [4, 0, 1, 9]]),  # two of each column of the whole weight
-        (True, [[0, 8, 0, 9], [0, 7, 0, 0], [0, 0, 5, 0], [0, 0, 0, 9]]),  # of the forward weight: none is left of the first
+        (True, [[0, 8, 0, 9], [0, 7, 0, 0], [0, 0, 5, 0], [0, 0, 0, 9]]),  # of the forward weight: none of the first
     ):
         structure = DoublePruned(2, 4, nested)
         packed = structure.pack(weight)
@@ -53,7 +53,9 @@ def test_share_of_the_arithmetic_of_a_training_step(n, m, share):
     assert (2 * sparse + dense) / (3 * dense) == pytest.approx(share)
 
 
-@pytest.mark.parametrize("n, m, zeros", [(1, 2, 0.125), (2, 4, 0.09375), (2, 8, 0.0584), (4, 8, 0.0684), (8, 16, 0.0491)])
+@pytest.mark.parametrize("n, m, zeros", [
+    (1, 2, 0.125), (2, 4, 0.09375), (2, 8, 0.0584), (4, 8, 0.0684), (8, 16, 0.0491),
+])
 def test_the_second_pruning_drops_as_many_as_the_formula_says(n, m, zeros):
     """Catalogue 4.2, SLoPe's expectation, on a Gaussian weight: its masks are as good as random."""
     assert extra_zeros(n, m) == pytest.approx(zeros, abs=5e-5)
@@ -72,8 +74,8 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("n, m, energy, forward", [(2, 4, 0.868, 0.91), (2, 8, 0.665, 0.83)])
 def test_the_input_gradient_points_nearly_the_right_way(n, m, energy, forward):
-    """Of a Gaussian layer with dy at random, cosines above .8 even for 2:8 (catalogue, L19): with the gradient through the
-    dense weight, the root of the energy that n:m keeps of it, and with the one through the forward weight, which the loss has.
+    """Of a Gaussian layer with dy at random, cosines above .8 even for 2:8 (catalogue, L19): with the gradient through
+    the dense weight, the root of the energy kept of it, and with the one through the forward weight, which the loss has.
     """
     structure, weight = DoublePruned(n, m), gaussian(512, 512)
     packed, dy = structure.pack(weight), gaussian(256, 512, seed=1)
@@ -83,7 +85,7 @@ def test_the_input_gradient_points_nearly_the_right_way(n, m, energy, forward):
 
 
 def test_pruned_apart_keeps_more_than_pruned_together():
-    """Each direction of BDWP keeps what N:M keeps; one mask for both, transposable, keeps less; SLoPe's backward, least."""
+    """Each direction of BDWP keeps what N:M keeps; one mask for both, transposable, less; SLoPe's backward, least."""
     weight = gaussian(512, 512)
     apart, twice, together = DoublePruned(2, 4), DoublePruned(2, 4, True), Transposable(2, 4)
     size = lambda matrix: float(matrix.abs().sum() / weight.abs().sum())
@@ -99,7 +101,8 @@ def test_pruned_apart_keeps_more_than_pruned_together():
 @pytest.mark.parametrize("kind", ["normal", "ties", "sparse", "zero"])
 def test_pruning_again_changes_nothing(nested, kind):
     weight = gaussian(32, 48)
-    weight = {"normal": weight, "ties": weight.round(), "sparse": weight * (gaussian(32, 48, seed=1) > 1), "zero": 0 * weight}[kind]
+    sparse = weight * (gaussian(32, 48, seed=1) > 1)
+    weight = {"normal": weight, "ties": weight.round(), "sparse": sparse, "zero": 0 * weight}[kind]
     for n, m in ((2, 4), (1, 4), (3, 8), (4, 4)):
         structure = DoublePruned(n, m, nested)
         packed, again = structure.pack(weight), structure.pack(structure.project(weight))
@@ -121,7 +124,7 @@ def test_training_keeps_both_copies_of_a_weight_equal(nested):
         packed = packed._replace(values=packed.values - 0.1 * gradient)
     forward, backward = structure.forward_weight(packed), structure.backward_weight(packed)
     torch.testing.assert_close(forward[both], backward[both])
-    assert torch.equal(forward != 0, before[0]) and torch.equal(backward != 0, before[1]), "and nothing else came to life"
+    assert torch.equal(forward != 0, before[0]) and torch.equal(backward != 0, before[1]), "nothing else came to life"
 
 
 @pytest.mark.parametrize("nested", [0, 1, None, "yes"])

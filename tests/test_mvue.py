@@ -71,10 +71,11 @@ def test_share_of_biased_groups():
 
 
 def test_variance_relative_to_the_gradient():
-    """.4725 at the least, .5015 for the approximate draw; the largest two alone have .132, but are biased (catalogue 4.3)."""
+    """.4725 at the least, .5015 for the approximate draw; the largest two have .132, but are biased (catalogue 4.3)."""
     groups = gaussian()
     energy = groups.square().sum()
-    relative = [float(design(groups).variance(groups).sum() / energy) for design in (mvue24_probabilities, approximate_probabilities)]
+    draws = mvue24_probabilities(groups), approximate_probabilities(groups)
+    relative = [float(draw.variance(groups).sum() / energy) for draw in draws]
     assert relative == pytest.approx([0.4725, 0.5015], abs=2e-3)
     dropped = groups.abs().sort(dim=-1).values[:, :2].square().sum() / energy
     assert float(dropped) == pytest.approx(0.132, abs=2e-3)

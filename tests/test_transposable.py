@@ -63,7 +63,8 @@ def test_greedy_is_often_short_on_random_tiles():
 
 
 def test_at_most_n_may_keep_more_than_exactly_n():
-    """Solvers give exactly n, hardware wants at most n, and the best of the latter can be better: compare like with like."""
+    """Solvers give exactly n, hardware wants at most n, and the best of the latter can be better: compare like with like.
+    """
     scores = TILE.clone()
     scores[0, 0, 1:] = scores[0, 1:, 0] = 0
     exact, short = exhaustive(scores, 2), greedy(scores, 2)
@@ -163,7 +164,7 @@ def test_every_row_and_column_is_full_whatever_the_scores(n, m, kind):
 
 
 def test_swaps_fill_every_hole_that_greedy_can_leave():
-    """The deepest: n / 2 rows and columns of n / 2 kept each. Then n * n / 4 are missing, and as many swaps are allowed."""
+    """The deepest: n / 2 rows and columns of n / 2 kept each. Then n * n / 4 are missing, and so many swaps are made."""
     n, m, hole = 8, 16, 4
     scores = torch.rand(1, m, m, generator=torch.Generator().manual_seed(0))
     scores[:, :hole, :hole] += 100  # taken first; then the rest fills itself and leaves no room for those rows
@@ -197,7 +198,7 @@ def test_counts():
 
 
 def test_hubaras_closed_form_counts_too_many():
-    """1.76e13 for 4:8, more than the 2.82e12 of row-wise 2:4 on 8 x 8; in truth there are fewer, by 150 and by 24 times."""
+    """1.76e13 for 4:8, more than the 2.82e12 of row-wise 2:4 on 8 x 8; in truth 150 times fewer, and 24 times fewer."""
     assert closed_form(4, 8) == 17_557_585_920_000
     assert closed_form(4, 8) / count(4, 8) == pytest.approx(150, abs=1)
     assert count(4, 8) < comb(4, 2) ** 16 < closed_form(4, 8)
@@ -221,7 +222,8 @@ def test_one_copy_of_the_values_serves_both_directions():
     packed = structure.pack(weight)
     assert stored_bytes(packed) == 64 * 128 * (8 + 1) // 8  # half of the weights with two bytes, and a bit for each
     plain = NM(2, 4)
-    assert 2 * stored_bytes(packed) == stored_bytes(plain.pack(weight)) + stored_bytes(plain.pack(weight.T.contiguous()))
+    copies = plain.pack(weight), plain.pack(weight.T.contiguous())
+    assert 2 * stored_bytes(packed) == sum(map(stored_bytes, copies))
     assert torch.equal(packed.values, plain.pack(weight).values)
 
 
@@ -236,7 +238,9 @@ def test_a_pattern_that_cannot_be_filled_up_is_stored_all_the_same():
     assert gradient[0, 0].tolist() == [1, 0], "the slot that stands nowhere has no gradient"
 
 
-@pytest.mark.parametrize("m, n, message", [(65, 2, "m must be an integer from 1 to 64"), (4, 5, "n must be an integer from 1 to 4")])
+@pytest.mark.parametrize("m, n, message", [
+    (65, 2, "m must be an integer from 1 to 64"), (4, 5, "n must be an integer from 1 to 4"),
+])
 def test_impossible_patterns(m, n, message):
     with pytest.raises(ValueError, match=message):
         Transposable(n, m)
@@ -256,11 +260,12 @@ def test_a_code_with_too_many_in_a_column_is_refused():
 def test_contest_measures_every_solver_once(tmp_path):
     named = {"linear program": linear_program, "TSENOR": tsenor, "greedy": greedy}
     settings = {"tiles": 4, "record": str(tmp_path)}
-    rows = solvers.contest(named, "linear program", [Transposable(2, 4), Transposable(4, 8)], "transposable", **settings)
+    sizes = [Transposable(2, 4), Transposable(4, 8)]
+    rows = solvers.contest(named, "linear program", sizes, "transposable", **settings)
     assert len(rows) == 2 * 3 * 2
     gaps = {(row.structure, row.method): row.value for row in rows if row.metric == solvers.GAP}
     assert gaps["transposable 4:8", "linear program"] == 0 and all(gap >= -1e-9 for gap in gaps.values())
-    again = solvers.contest(named, "linear program", [Transposable(4, 8), Transposable(2, 4)], "transposable", **settings)
+    again = solvers.contest(named, "linear program", sizes[::-1], "transposable", **settings)
     assert {row.date for row in again} <= {row.date for row in rows} and len(again) == len(rows)
     left, right = solvers.draw(rows).axes
     assert [line.get_label() for line in right.lines] == list(named)

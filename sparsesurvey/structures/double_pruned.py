@@ -13,7 +13,7 @@ tensor([[9, 4, 0, 0],
         [0, 5, 8, 0],
         [0, 0, 7, 6],
         [0, 6, 0, 5]], dtype=torch.int32)
->>> bdwp.backward_weight(bdwp.pack(weight)).int()  # two of each column; the 4 at the left was not in the forward product
+>>> bdwp.backward_weight(bdwp.pack(weight)).int()  # two of each column; the 4 was not in the forward product
 tensor([[9, 0, 0, 0],
         [4, 5, 8, 0],
         [0, 0, 7, 6],
@@ -89,7 +89,7 @@ class DoublePruned(Structure):
 
     @property
     def training_arithmetic(self) -> float:
-        """Multiplications of a training step as a share of dense: two sparse products, and a dense one for the gradient of W."""
+        """Arithmetic of a training step as a share of dense: two sparse products and, for the gradient of W, a dense one."""
         return (2 * self.n / self.m + 1) / 3
 
     def facts(self) -> Facts:
@@ -120,9 +120,9 @@ class DoublePruned(Structure):
     def unpack(self, packed: PackedDoublePruned) -> Tensor:
         """What is stored, wherever it is: the union of both weights (for SLoPe, that is the forward weight).
 
-        Pruning it again changes nothing. The n largest of a group of the dense weight are all in the union, and what else
-        is there is not larger, so that they are the n largest of the group again, in either direction; of equal ones the
-        first wins both times.
+        Pruning it again changes nothing. The n largest of a group of the dense weight are all in the union, and what
+        else is there is not larger, so that they are the n largest of the group again, in either direction; of equal
+        ones the first wins both times.
         """
         forward, backward = self.operands(packed)
         weight = self.ahead.unpack(forward)
@@ -137,7 +137,7 @@ class DoublePruned(Structure):
     def operands(self, packed: PackedDoublePruned) -> tuple[PackedNM, PackedNM]:
         """The operands of ``ahead`` and ``back``; ValueError if one is corrupt.
 
-        SLoPe's backward operand is filled up where a group has fewer than n left; what stands there is none of its weights.
+        SLoPe's backward operand is filled up where a group has fewer than n left: what stands there is no weight of it.
         """
         shape = self.check_shape(packed.shape)
         check_part("values", packed.values, None, (2 * self.nnz(shape),))
@@ -163,8 +163,9 @@ class DoublePruned(Structure):
     def sddmm_reference(self, packed: PackedDoublePruned) -> Plan:
         return self.sampled(packed, self.ahead.sddmm_reference, self.back.sddmm_reference)
 
-    def sampled(self, packed: PackedDoublePruned, ahead: Callable[[PackedNM], Plan], back: Callable[[PackedNM], Plan]) -> Plan:
-        """The gradient of W where it is stored; a place that is stored twice has it twice, so that both copies stay equal."""
+    def sampled(self, packed: PackedDoublePruned, ahead: Callable[[PackedNM], Plan],
+                back: Callable[[PackedNM], Plan]) -> Plan:
+        """The gradient of W where it is stored: twice for a place that is stored twice, so that both copies stay equal."""
         forward, backward = self.operands(packed)
         run_ahead, run_back, alive = ahead(forward), back(backward), self.alive(forward, backward)
         return lambda dy, x: torch.cat([run_ahead(dy, x).flatten(), (run_back(dy, x) * alive).flatten()])
@@ -196,8 +197,8 @@ class DoublePruned(Structure):
 def extra_zeros(n: int, m: int) -> float:
     """Share of all weights that a second pruning of an n:m weight, along the other axis, drops on average.
 
-    For masks at random: each of a column's m weights is kept with probability n / m, whatever the others, and a group with
-    j > n of them loses j - n (Mozaffari et al. 2025).
+    For masks at random: each of a column's m weights is kept with probability n / m, whatever the others, and a group
+    with j > n of them loses j - n (Mozaffari et al. 2025).
     """
     share = n / m
     return sum(comb(m, j) * share**j * (1 - share) ** (m - j) * (j - n) / m for j in range(n + 1, m + 1))

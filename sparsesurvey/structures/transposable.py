@@ -49,7 +49,7 @@ from sparsesurvey.structures.unstructured import (
 
 class PackedTransposable(NamedTuple):
     values: Tensor  # [out, in / m, n], in the order of the inputs; zeros fill up a group that has fewer
-    index: Tensor  # uint8 [out, in / 8]: one bit a weight, so that a tile's m x m bits can be read by rows and by columns
+    index: Tensor  # uint8 [out, ceil(in / 8)]: one bit a weight; those of a tile can be read by rows and by columns
     shape: Shape
 
 
@@ -88,9 +88,10 @@ class Transposable(Pattern):
         n, m = self.n, self.m
         verdict, hardware, arithmetic = tensor_cores(n, m)
         hardware += " That holds for the forward product and, as W.T has the pattern too, for the input gradient."
-        why = "tile ({tile_row}, {tile_col}): {row_kept} of {cols} kept in this row, and as many in each column; this is " \
-            "number {rank_row} of the row by magnitude"
-        return Facts(verdict, hardware, arithmetic, log2(count(n, m) if m <= 8 else estimate(n, m)) / m**2, why, pruned=why)
+        why = "tile ({tile_row}, {tile_col}): {row_kept} of {cols} kept in this row, and as many in each column; " \
+            "this is number {rank_row} of the row by magnitude"
+        masks = count(n, m) if m <= 8 else estimate(n, m)
+        return Facts(verdict, hardware, arithmetic, log2(masks) / m**2, why, pruned=why)
 
     def holds(self, mask: Tensor) -> bool:
         tiled = tiles(self.check_mask(mask), self.m, self.m)
@@ -107,7 +108,7 @@ class Transposable(Pattern):
         return out * 8 * ceil(inn / 8)
 
     def pack(self, weight: Tensor) -> PackedTransposable:
-        """What is no zero is stored: a pattern with fewer than n in a row cannot always be filled up within the tile."""
+        """Stores what is no zero: a mask with fewer than n in a row cannot always be filled up within its tile."""
         out, inn = self.check_member(weight).shape
         kept = weight != 0
         slots = self.slots(kept)
@@ -126,7 +127,8 @@ class Transposable(Pattern):
         check_part("index", packed.index, torch.uint8, (out, ceil(inn / 8)))
         kept = unpack_bits(packed.index, 1, inn).bool()
         if not self.holds(kept):
-            raise ValueError(f"packed.index must set at most {self.n} of the {self.m} bits of every row and column of a tile")
+            limit = f"at most {self.n} of the {self.m} bits"
+            raise ValueError(f"packed.index must set {limit} of every row and column of a tile")
         return kept
 
     def unpack(self, packed: PackedTransposable) -> Tensor:
@@ -172,9 +174,9 @@ class Transposable(Pattern):
 
 @lru_cache
 def count(n: int, m: int) -> int:
-    """Number of m x m masks with exactly n in each row and column: 90 for 2:4, row by row over how full the columns are.
+    """Number of m x m masks with exactly n in each row and column: 90 for 2:4.
 
-    Exact; a tenth of a second up to m = 8, a minute for 8:16.
+    Exact, row by row over how full the columns are; a tenth of a second up to m = 8, a minute for 8:16.
     """
     @lru_cache(None)
     def ways(rows: int, wanting: tuple[int, ...]) -> int:  # wanting[k]: columns that still need k + 1
@@ -201,7 +203,7 @@ def estimate(n: int, m: int) -> float:
 
 
 def closed_form(n: int, m: int) -> int:
-    """The count that Hubara et al. (2021) print, m! (m - 1)! ... (m - n + 1)!: too many for every n above 1, 150 times for 4:8."""
+    """The count of Hubara et al. (2021), m! (m - 1)! ... (m - n + 1)!: too many where n is above 1, 150 times for 4:8."""
     return prod(factorial(m - k) for k in range(n))
 
 
@@ -233,15 +235,15 @@ def exhaustive(scores: Tensor, n: int) -> Tensor:
 
 
 def tsenor(scores: Tensor, n: int, steps: int = 100, relaxation: float = 1.8, tau: float = 100.0) -> Tensor:
-    """TSENOR (Meng et al. 2025): a relaxed choice by Dykstra's algorithm, rounded greedily, then swaps until all is full.
+    """TSENOR (Meng et al. 2025): a relaxed choice by Dykstra's algorithm, rounded greedily, then swaps to fill up.
 
     Its 300 plain steps are ``steps=300, relaxation=1.0``; over-relaxed, 100 come as close. Where more than half is
     kept, what is dropped is chosen, because only then the swaps are sure to end with n in every row and column.
     """
     m = scores.shape[-1]
     if 2 * n > m:
-        dropped = m - n
-        return ~tsenor(-scores, dropped, steps, relaxation, tau) if dropped else torch.ones_like(scores, dtype=torch.bool)
+        all_kept = torch.ones_like(scores, dtype=torch.bool)
+        return all_kept if n == m else ~tsenor(-scores, m - n, steps, relaxation, tau)
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
     done = [saturate(greedy(dykstra(part, n, steps, relaxation, tau), n), part, n) for part, in in_cache(wide)]
     return torch.cat(done)
@@ -287,7 +289,7 @@ def two_approximation(scores: Tensor, n: int) -> Tensor:
 
 
 def _walk(scores: Tensor, limit: int, both: bool) -> Tensor:
-    """Take entries from the highest down while row and column (``both``), or one of them, have taken fewer than ``limit``."""
+    """Take entries from the highest down while row and column (``both``), or one of them, have fewer than ``limit``."""
     count, m, _ = scores.shape
     order = scores.reshape(count, m * m).argsort(dim=1, descending=True, stable=True)
     first = torch.arange(count, device=scores.device) * m  # line of each tile's first row, and of its first column
@@ -318,7 +320,8 @@ def saturate(mask: Tensor, scores: Tensor, n: int) -> Tensor:
     for _ in range(n * n // 4):
         i, j = rows.argmax(1, keepdim=True), columns.argmax(1, keepdim=True)
         lacking = rows.gather(1, i) > 0
-        gain = held.view(scores.shape) + free.gather(1, i * m + line).unsqueeze(1) + free.gather(1, line * m + j).unsqueeze(2)
+        across, down = free.gather(1, i * m + line), free.gather(1, line * m + j)  # what (i, j') and (i', j) would add
+        gain = held.view(scores.shape) + across.unsqueeze(1) + down.unsqueeze(2)
         best = gain.flatten(1).argmax(1, keepdim=True)
         add_1, add_2 = i * m + best % m, best // m * m + j
         for place, kept in (add_1, True), (add_2, True), (best, False):
@@ -338,7 +341,7 @@ def row_then_column(scores: Tensor, n: int) -> Tensor:
 
 
 def linear_program(scores: Tensor, n: int) -> Tensor:
-    """The optimum, tile by tile: the relaxed program has whole numbers at its corners. For reference; on the CPU, slow."""
+    """The optimum, tile by tile: the relaxed program has whole numbers at its corners. For reference: slow, CPU only."""
     from scipy.optimize import linprog
     from scipy.sparse import csr_array, vstack
 
