@@ -75,7 +75,7 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize("n, m, energy, forward", [(2, 4, 0.868, 0.91), (2, 8, 0.665, 0.83)])
 def test_the_input_gradient_points_nearly_the_right_way(n, m, energy, forward):
     """Of a Gaussian layer with dy at random, cosines above .8 even for 2:8 (catalogue, L19): with the gradient through
-    the dense weight, the root of the energy kept of it, and with the one through the forward weight, which the loss has.
+    the dense weight, the root of the energy kept of it, and with the one through the forward weight, which is true.
     """
     structure, weight = DoublePruned(n, m), gaussian(512, 512)
     packed, dy = structure.pack(weight), gaussian(256, 512, seed=1)

@@ -63,7 +63,7 @@ def test_greedy_is_often_short_on_random_tiles():
 
 
 def test_at_most_n_may_keep_more_than_exactly_n():
-    """Solvers give exactly n, hardware wants at most n, and the best of the latter can be better: compare like with like.
+    """Solvers give exactly n, hardware wants at most n, the best of the latter can be better: compare like with like.
     """
     scores = TILE.clone()
     scores[0, 0, 1:] = scores[0, 1:, 0] = 0
@@ -164,7 +164,7 @@ def test_every_row_and_column_is_full_whatever_the_scores(n, m, kind):
 
 
 def test_swaps_fill_every_hole_that_greedy_can_leave():
-    """The deepest: n / 2 rows and columns of n / 2 kept each. Then n * n / 4 are missing, and so many swaps are made."""
+    """The deepest: n / 2 rows and columns of n / 2 kept each. Then n * n / 4 are missing, and as many swaps made."""
     n, m, hole = 8, 16, 4
     scores = torch.rand(1, m, m, generator=torch.Generator().manual_seed(0))
     scores[:, :hole, :hole] += 100  # taken first; then the rest fills itself and leaves no room for those rows

@@ -89,7 +89,7 @@ class DoublePruned(Structure):
 
     @property
     def training_arithmetic(self) -> float:
-        """Arithmetic of a training step as a share of dense: two sparse products and, for the gradient of W, a dense one."""
+        """Arithmetic of a training step as a share of dense: two sparse products and a dense one, for dW."""
         return (2 * self.n / self.m + 1) / 3
 
     def facts(self) -> Facts:
@@ -165,7 +165,7 @@ class DoublePruned(Structure):
 
     def sampled(self, packed: PackedDoublePruned, ahead: Callable[[PackedNM], Plan],
                 back: Callable[[PackedNM], Plan]) -> Plan:
-        """The gradient of W where it is stored: twice for a place that is stored twice, so that both copies stay equal."""
+        """The gradient of W where it is stored: twice for a place stored twice, so that both copies stay equal."""
         forward, backward = self.operands(packed)
         run_ahead, run_back, alive = ahead(forward), back(backward), self.alive(forward, backward)
         return lambda dy, x: torch.cat([run_ahead(dy, x).flatten(), (run_back(dy, x) * alive).flatten()])

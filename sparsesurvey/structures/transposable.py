@@ -203,7 +203,7 @@ def estimate(n: int, m: int) -> float:
 
 
 def closed_form(n: int, m: int) -> int:
-    """The count of Hubara et al. (2021), m! (m - 1)! ... (m - n + 1)!: too many where n is above 1, 150 times for 4:8."""
+    """The count of Hubara et al. (2021), m! (m - 1)! ... (m - n + 1)!: too many for n above 1, 150 times for 4:8."""
     return prod(factorial(m - k) for k in range(n))
 
 
@@ -341,7 +341,7 @@ def row_then_column(scores: Tensor, n: int) -> Tensor:
 
 
 def linear_program(scores: Tensor, n: int) -> Tensor:
-    """The optimum, tile by tile: the relaxed program has whole numbers at its corners. For reference: slow, CPU only."""
+    """The optimum, tile by tile: the relaxation has whole numbers at its corners. For reference: slow, on the CPU."""
     from scipy.optimize import linprog
     from scipy.sparse import csr_array, vstack
 
