@@ -49,8 +49,15 @@ function read(model) {
     }
     return masks.get(number);
   }
+  const levels = octets(model.get("levels"));
+  // How strongly each entry of an approximation is drawn, 0 to 1; null for a structure that keeps weights as they are.
+  function near(index, kind) {
+    const place = data.configs[index].near;
+    if (place === null) return null;
+    return Float32Array.from({ length: size }, (_, i) => levels.getUint8((place * data.kinds.length + kind) * size + i) / 255);
+  }
   const curve = (number) => (number === null ? null : data.curves[number]);
-  return { data, rows, cols, size, weights, ranks, mask, curve };
+  return { data, rows, cols, size, weights, ranks, mask, near, curve };
 }
 
 // The places that the words of a structure may name, for the weight at one row and column.
@@ -204,11 +211,13 @@ function makeMask(source, get) {
     const index = get("index");
     const kept = source.mask(index, get("kind"));
     const rank = source.ranks[get("kind")];
+    const near = source.near(index, get("kind"));
     pen.fillStyle = ink;
     for (let i = 0; i < size; i++) {
       if (!kept[i]) continue;
       const [row, col] = [Math.floor(i / cols), i % cols];
-      pen.globalAlpha = 1 - (0.75 * (rank[i] - 1)) / size; // by rank, so that one outlier does not bleach the rest
+      // by rank, so that one outlier does not bleach the rest
+      pen.globalAlpha = near ? near[i] : 1 - (0.75 * (rank[i] - 1)) / size;
       pen.fillRect(x(col), y(row), x(col + 1) - x(col), y(row + 1) - y(row));
     }
     pen.globalAlpha = 1;
@@ -236,7 +245,7 @@ function makeMask(source, get) {
     const place = places(source, get("index"), get("kind"), row, col);
     const value = source.weights[get("kind")][row * cols + col];
     tip.replaceChildren(
-      make("b", {}, `row ${row}, column ${col}: ${signed(value)}, ${place.is_kept ? "kept" : "pruned"}`),
+      make("b", {}, `row ${row}, column ${col}: ${signed(value)}, ${source.near(get("index"), get("kind")) ? "approximated" : place.is_kept ? "kept" : "pruned"}`),
       make("span", {}, explain(source, get("index"), place)),
     );
     const unit = canvas.clientWidth / cols;

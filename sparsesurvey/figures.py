@@ -17,8 +17,14 @@ from sparsesurvey.records import Measurement
 from sparsesurvey.roofline import Roofline
 from sparsesurvey.structure import Shape, Structure
 
-# Okabe and Ito's palette: told apart by readers with any colour vision.
-COLOURS = {"dense": "#555555", "unstructured": "#0072B2", "N:M": "#E69F00", "V:N:M": "#D55E00", "block": "#009E73"}
+# The families that most figures show have Okabe and Ito's palette, which readers with any colour vision tell apart; nobody
+# tells twenty colours apart, so figures of all structures name every line.
+COLOURS = {
+    "dense": "#555555", "unstructured": "#0072B2", "N:M": "#E69F00", "V:N:M": "#D55E00", "block": "#009E73",
+    "balanced": "#56B4E9", "vector": "#66C2A5", "TW": "#CC79A7", "HiNM": "#A50F15", "hierarchical": "#006D2C",
+    "transposable": "#A6761D", "double-pruned": "#E7298A", "permuted": "#66A61E", "TASD": "#8C6BB1", "int4": "#BC80BD",
+    "diagonal": "#B5A100", "butterfly": "#3F007D", "monarch": "#08519C", "low-rank": "#808000", "neurons": "#111111",
+}
 OTHERS = ("#CC79A7", "#56B4E9", "#8C6BB1", "#A6761D", "#66A61E")
 
 

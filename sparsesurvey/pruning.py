@@ -45,6 +45,11 @@ def captured(weight: Tensor, near: Tensor, density: float) -> Kept:
     return Kept(density, *(1 - float(part(lost).sum() / part(size).sum()) for part in (torch.abs, torch.square)))
 
 
+def approximation(structure: Structure, weight: Tensor) -> Tensor:
+    """The weight ``[out, in]`` that the forward product of a structure without a mask multiplies with."""
+    return structure.forward_weight(structure.pack(weight))
+
+
 def density(structure: Structure, shape: tuple[int, int]) -> float:
     """Stored weights of a structure over all positions of a weight ``[out, in]`` of this shape."""
     return structure.nnz(shape) / (shape[0] * shape[1])
@@ -53,7 +58,7 @@ def density(structure: Structure, shape: tuple[int, int]) -> float:
 def best_kept(weight: Tensor, density: float) -> Kept:
     """What the best choice without any structure keeps at this density: the largest magnitudes of the matrix."""
     size = weight.double().abs().flatten()
-    keep = round(density * size.numel())
+    keep = min(round(density * size.numel()), size.numel())  # factors may have more entries than the weight
     best = torch.zeros_like(size, dtype=torch.bool)
     best[size.topk(keep, sorted=False).indices] = True
     return kept(weight, best.view(weight.shape))
@@ -69,7 +74,7 @@ def retention(weight: Tensor, structures: Iterable[Structure], score: Score = ma
         if isinstance(structure, Pattern):
             here = kept(weight, structure.mask(score(weight, None)))
         else:
-            here = captured(weight, structure.project(weight), density(structure, tuple(weight.shape)))
+            here = captured(weight, approximation(structure, weight), density(structure, tuple(weight.shape)))
         best = best_kept(weight, here.density)
         lines.append({"structure": str(structure), **here._asdict(), "best energy": best.energy,
                       "share of best": here.energy / best.energy})
@@ -104,7 +109,7 @@ def prune(model: nn.Module, structure: Structure, score: Score = magnitude, modu
 def _pruned(weight: Tensor, structure: Structure, score: Score) -> tuple[Tensor, float]:
     """The weight under the structure, and its density: counted where there is a mask."""
     if not isinstance(structure, Pattern):
-        return structure.project(weight), density(structure, tuple(weight.shape))
+        return approximation(structure, weight), density(structure, tuple(weight.shape))
     mask = structure.mask(score(weight, None))
     return weight * mask, mask.double().mean().item()
 

@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from sparsesurvey import figures
-from sparsesurvey.pruning import best_kept, captured, channel_scaled, density, gaussian
+from sparsesurvey.pruning import approximation, best_kept, captured, channel_scaled, density, gaussian
 from sparsesurvey.roofline import H200, Roofline
 from sparsesurvey.scores import magnitude
 from sparsesurvey.structure import Pattern, Shape, Structure, check_weight
@@ -37,7 +37,13 @@ TOKENS = tuple(2**power for power in range(16))  # 1 to 32768
 BF16 = 2  # bytes
 TINY = 1e-30  # stands for a zero that is kept
 LARGEST = 128  # rows or columns of the weight drawn: the page carries every mask of it
-LABELS = {"NM": "N:M", "VNM": "V:N:M", "HiNM": "HiNM", "TASD": "TASD", "TEW": "TEW", "TVW": "TVW"}
+LABELS = {  # of a class whose name alone says too little; another is called by its name
+    "NM": "N:M", "VNM": "V:N:M", "VectorNM": "vector N:M", "QuantisedNM": "N:M in 4-bit integers", "TASD": "TASD (a sum of N:M)",
+    "HiNM": "HiNM (vectors, then N:M)", "Hierarchical": "hierarchical (blocks, then k a row)", "Diagonal": "diagonal (DynaDiag)",
+    "TileWise": "tile-wise (TW)", "TEW": "tile-wise and single weights (TEW)", "TVW": "tile-wise, 2:4 inside (TVW)",
+    "Butterfly": "flat block butterfly (Pixelfly)", "Neurons": "whole neurons", "LowRankSparse": "low rank + sparse",
+    "DoublePruned": "double-pruned N:M",
+}
 
 
 def grid(structure: type[Structure], shape: Shape = SHAPE, **steps: Iterable) -> list[Structure]:
@@ -90,7 +96,7 @@ def _fits(structure: Structure, shape: Shape) -> bool:
     if not (_divides(structure, shape) and _divides(structure, MATRIX)):
         return False
     meant = structure.density if isinstance(structure, Pattern) else density(structure, shape)
-    return structure.nnz(shape) > 0 and abs(density(structure, shape) - meant) <= 0.1 * meant
+    return 0 < density(structure, shape) <= 1 and abs(density(structure, shape) - meant) <= 0.1 * meant
 
 
 class PatternExplorer(anywidget.AnyWidget):
@@ -109,6 +115,7 @@ class PatternExplorer(anywidget.AnyWidget):
     pins = traitlets.List(traitlets.Int()).tag(sync=True)
     data = traitlets.Dict().tag(sync=True)
     masks = traitlets.Bytes().tag(sync=True)  # [structures, weights, out * in] bits, lowest first
+    levels = traitlets.Bytes().tag(sync=True)  # uint8 [structures without a mask, weights, out * in]: strength of each entry
     values = traitlets.Bytes().tag(sync=True)  # float32 [weights, out, in]
 
     def __init__(
@@ -124,6 +131,8 @@ class PatternExplorer(anywidget.AnyWidget):
         super().__init__(
             data=self._table(), pins=[self._place(pattern) for pattern in pins],
             masks=np.packbits(bits, axis=-1, bitorder="little").tobytes(),
+            levels=b"".join(_levels(near, weight) for pattern, members in zip(self.structures, self._near)
+                            if not isinstance(pattern, Pattern) for near, weight in zip(members, self.weights.values())),
             values=b"".join(weight.numpy().astype("<f4").tobytes() for weight in self.weights.values()),
         )
 
@@ -166,7 +175,8 @@ class PatternExplorer(anywidget.AnyWidget):
         for (above, middle, below), pattern, place in zip(axes.T, chosen, places):
             entry = self.data["configs"][place]
             values, index, _ = entry["bits"]
-            figures.pattern(pattern, self._masks[place][kind], weight, above)
+            drawn = weight if isinstance(pattern, Pattern) else self._near[place][kind]
+            figures.pattern(pattern, self._masks[place][kind], drawn, above)
             parts = f"({values:.3g} values + {index:.3g} index)"
             verdict = self.data["notes"][entry["words"][0]]
             above.set_xlabel(f"{values + index:.3g} bits a weight\n{parts}", fontsize=7.5)
@@ -191,7 +201,7 @@ class PatternExplorer(anywidget.AnyWidget):
         classes = list(dict.fromkeys(map(type, self.structures)))
         families = [_family(kind, [pattern for pattern in self.structures if type(pattern) is kind])
                     for kind in classes]
-        configs, notes, curves = [], [], []
+        configs, notes, curves, approximated = [], [], [], 0
         for pattern, members in zip(self.structures, self._near):
             fact = pattern.facts()
             family = classes.index(type(pattern))
@@ -203,7 +213,9 @@ class PatternExplorer(anywidget.AnyWidget):
                 curves.extend([numbers[name]] if numbers[name] and numbers[name] not in curves else [])
                 numbers[name] = curves.index(numbers[name]) if numbers[name] else None
             places = [notes.index(word) for word in words]
-            configs.append({**numbers, "family": family, "at": at, "words": places})
+            near = None if isinstance(pattern, Pattern) else approximated
+            approximated += near is not None
+            configs.append({**numbers, "family": family, "at": at, "words": places, "near": near})
         shape = next(iter(self.weights.values())).shape
         return {"shape": list(shape), "kinds": list(self.weights), "tokens": list(TOKENS), "gpu": {"name": self.gpu.machine, "source": self.gpu.source},
                 "matrix": list(self.matrix), "families": families, "configs": configs, "notes": notes, "curves": curves}
@@ -277,15 +289,22 @@ def _near(pattern: Structure, weight: Tensor) -> Tensor:
     """The member that stands for the weight; a kept weight that happens to be zero still counts as kept."""
     if isinstance(pattern, Pattern):
         return torch.where(pattern.mask(magnitude(weight)), weight.where(weight != 0, TINY), 0)
-    return pattern.project(weight)
+    return approximation(pattern, weight)
+
+
+def _levels(near: Tensor, weight: Tensor) -> bytes:
+    """How strongly the entries of an approximation are drawn: by the rank that their magnitudes would have in the weight."""
+    ordered = weight.abs().flatten().sort().values
+    rank = torch.searchsorted(ordered, near.abs().flatten()).double() / weight.numel()
+    return (255 * (0.25 + 0.75 * rank)).round().to(torch.uint8).numpy().tobytes()
 
 
 def _steps(pattern: Structure, structures: Sequence[Structure]) -> dict[str, list]:
-    """Parameter to the values that it has among the instances of this class: numbers sorted, others as they come."""
+    """Parameter to the values that it has among the instances of this class, if several: numbers sorted, others as they come."""
     same = [other for other in structures if type(other) is type(pattern)]
     found = {field.name: list(dict.fromkeys(getattr(other, field.name) for other in same)) for field in fields(pattern)}
     numbers = lambda values: all(isinstance(value, (int, float)) for value in values)
-    return {name: sorted(values) if numbers(values) else values for name, values in found.items()}
+    return {name: sorted(values) if numbers(values) else values for name, values in found.items() if len(values) > 1}
 
 
 def _at(pattern: Structure, structures: Sequence[Structure]) -> list[int]:

@@ -1,6 +1,7 @@
 """What each structure is in particular: cases to verify by hand, and what the catalogue says that a mask keeps."""
 
 import sys
+from contextlib import suppress
 from itertools import combinations
 from math import comb
 
@@ -324,5 +325,6 @@ def test_no_warning_reaches_the_reader(recwarn):
     for structure in (Unstructured(), Block()):
         packed = structure.pack(torch.zeros(32, 32))
         for plan in structure.kernels().values():
-            plan(packed)(torch.zeros(2, 32))
+            with suppress(Unavailable):
+                plan(packed)(torch.zeros(2, 32))
     assert not recwarn.list

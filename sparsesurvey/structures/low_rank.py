@@ -65,7 +65,7 @@ class LowRank(Structure):
         return Facts("dense tensor cores, two thin products", (
             "Two dense products, which tensor cores run at their dense rate if the rank fills an instruction; the result "
             "between them has rank numbers a token and is written and read again (not in the bound) unless they are fused."
-        ), self.density, 0.0)
+        ), self.density, 0.0, "no weight is kept as it is: every entry is a row of B times a column of A")
 
     def nnz(self, shape: Shape) -> int:
         return self.rank(shape) * (shape[0] + shape[1])
@@ -166,7 +166,8 @@ class LowRankSparse(Structure):
         whole = [None if share is None else min(1.0, self.low_rank + share) for share in shares]
         return Facts(f"two thin products; the rest: {inner.verdict}", (
             f"B and A are two dense products, S is multiplied as any {self.inner} is, and the results are added. {inner.hardware}"
-        ), whole[0], inner.positions, input_grad=whole[1], weight_grad=whole[2])
+        ), whole[0], inner.positions, "a row of B times a column of A and, in some places, an entry of S", input_grad=whole[1],
+            weight_grad=whole[2])
 
     def nnz(self, shape: Shape) -> int:
         return self.outer.nnz(self.check_shape(shape)) + self.inner.nnz(shape)

@@ -73,7 +73,7 @@ class Monarch(Structure):
             f"Both factors are {self.blocks} dense blocks side by side: two batched dense products, which tensor cores run "
             "at their dense rate where the blocks fill an instruction. Between them the intermediate result is transposed, "
             "and unless both are fused into one kernel it is written to memory and read again (not in the bound)."
-        ), None, 0.0)
+        ), None, 0.0, "no weight is kept as it is: every entry is the product of a piece of L and one of R")
 
     def nnz(self, shape: Shape) -> int:
         return self.blocks * self.rank * sum(self.check_shape(shape))
