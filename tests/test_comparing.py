@@ -7,7 +7,7 @@ import torch
 from sparsesurvey import comparing, mistral
 from sparsesurvey.pruning import channel_scaled, density, gaussian
 from sparsesurvey.roofline import Roofline
-from sparsesurvey.structures import NM, Block, Dense, Unstructured, all_structures
+from sparsesurvey.structures import NM, VNM, Block, Dense, Transposable, Unstructured, all_structures
 
 EVEN = Roofline("a machine", 100.0, 1e9, "made up")  # so much bandwidth that arithmetic is all that counts
 
@@ -60,10 +60,15 @@ def test_no_structure_stores_its_places_below_the_entropy():
 
 
 def test_bounds_of_the_three_products():
-    frame = comparing.permits([Dense(), Block(64, 64, 0.25), Unstructured(0.5)], (4096, 4096), 8192, EVEN)
+    choices = [Dense(), Block(64, 64, 0.25), Unstructured(0.5), NM(2, 4), NM(2, 4, "out"), Transposable(2, 4), VNM(64, 2, 8)]
+    frame = comparing.permits(choices, (4096, 4096), 8192, EVEN)
     assert frame.loc["dense"].tolist() == [1, 1, 1, 1]
     assert frame.loc["block 64x64 25%"].tolist() == pytest.approx([4, 4, 4, 4])
     assert frame.loc["unstructured 50%"].tolist() == [1, 1, 1, 1]
+    assert frame.loc["2:4"].tolist() == pytest.approx([2, 1, 1, 3 / 2.5])  # along the inputs: the forward product alone
+    assert frame.loc["2:4 out"].tolist() == pytest.approx([1, 2, 1, 3 / 2.5])
+    assert frame.loc["transposable 2:4"].tolist() == pytest.approx([2, 2, 1, 3 / 2])
+    assert frame.loc["64:2:8"].tolist() == pytest.approx([4, 2, 2, 3 / 1.25])
 
 
 def test_every_structure_has_a_bound_of_at_least_nearly_dense():

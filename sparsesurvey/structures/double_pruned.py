@@ -95,7 +95,7 @@ class DoublePruned(Structure):
     def facts(self) -> Facts:
         verdict, hardware, arithmetic = tensor_cores(self.n, self.m)
         hardware += " Both directions are such products: the weight is stored twice for that, once for each."
-        return Facts(verdict, hardware, arithmetic)
+        return Facts(verdict, hardware, arithmetic, weight_grad=1.0)
 
     def nnz(self, shape: Shape) -> int:
         """Weights of either operand: what one product multiplies. Twice as many are stored."""

@@ -114,9 +114,10 @@ class NM(Pattern):
         n, m = self.n, self.m
         why = "group {tile_col} of row {row}: {row_kept} of {cols} kept; this is number {rank_row} by magnitude"
         if not self.across:
-            return Facts(*tensor_cores(n, m), log2(comb(m, n)) / m, why, pruned=why)
+            return Facts(*tensor_cores(n, m), log2(comb(m, n)) / m, why, pruned=why, input_grad=1.0, weight_grad=1.0)
         why = "group {tile_row} of column {col}: {kept} of {size} outputs kept"
-        return Facts(*wrong_axis(n, m), log2(comb(m, n)) / m, why, pruned=why)
+        grad = tensor_cores(n, m)[2]  # dx = dy W sums over the outputs, along which the groups lie
+        return Facts(*wrong_axis(n, m), log2(comb(m, n)) / m, why, pruned=why, input_grad=grad, weight_grad=1.0)
 
     def along(self, matrix: Tensor) -> Tensor:
         """A view in which each row has whole groups: the matrix ``[out, in]``, or its transpose."""

@@ -98,7 +98,8 @@ class Permuted(Pattern):
             " The order of the inputs is a gather of the activations before the product, or nothing where the layer "
             "before can write its outputs in this order, or where the kernel gathers anyway."
         )
-        return Facts(inner.verdict, hardware, inner.arithmetic, inner.positions)
+        return Facts(inner.verdict, hardware, inner.arithmetic, inner.positions, input_grad=inner.input_grad,
+                     weight_grad=inner.weight_grad)
 
     def ordered(self, matrix: Tensor) -> Tensor:
         """``[out, in]`` with its inputs in order: what the inner structure sees."""

@@ -78,7 +78,7 @@ class TASD(Pattern):
         )
         verdict = "needs hardware of its own" if sum(parts) >= 1 else "sparse tensor cores, term by term"
         why = "inputs {tile_col} × {cols} on of row {row}: {row_kept} of {cols} kept; number {rank_row} of them by magnitude"
-        return Facts(verdict, hardware, min(1.0, sum(parts)), None, why, pruned=why)
+        return Facts(verdict, hardware, min(1.0, sum(parts)), None, why, pruned=why, input_grad=1.0, weight_grad=1.0)
 
     def holds(self, mask: Tensor) -> bool:
         """Can the terms share the kept weights out? What a group of one term cannot take is left to the next term."""

@@ -91,7 +91,7 @@ class Transposable(Pattern):
         why = "tile ({tile_row}, {tile_col}): {row_kept} of {cols} kept in this row, and as many in each column; " \
             "this is number {rank_row} of the row by magnitude"
         masks = count(n, m) if m <= 8 else estimate(n, m)
-        return Facts(verdict, hardware, arithmetic, log2(masks) / m**2, why, pruned=why)
+        return Facts(verdict, hardware, arithmetic, log2(masks) / m**2, why, pruned=why, weight_grad=1.0)
 
     def holds(self, mask: Tensor) -> bool:
         tiled = tiles(self.check_mask(mask), self.m, self.m)

@@ -95,14 +95,14 @@ class VNM(Pattern):
         gone = where + "none of the {cols_kept} of {cols} that the tile keeps"
         positions = self.diversity / log(2)
         if m == 4:  # every column is kept: nothing to gather
-            return Facts(*tensor_cores(n, m), positions, why, gone, why)
+            return Facts(*tensor_cores(n, m), positions, why, gone, why, 1.0, 1.0)
         sparse = n <= 2  # at most 2 of the 4: what is left is a 2:4 product
         rows = 16 if sparse else 8  # of weights that one instruction multiplies
         gathered = 4 / m * (0.5 if sparse else 1.0) * max(1.0, rows / v)
         verdict, hardware, plain = tensor_cores(n, m)
         if plain < gathered:
             hardware = f"Tiles of {v} rows are too low to gather their columns. {hardware}"
-            return Facts(verdict, hardware, plain, positions, why, gone, why)
+            return Facts(verdict, hardware, plain, positions, why, gone, why, 1.0, 1.0)
         inside = "sparse tensor cores halve what is left" if sparse else "dense tensor cores multiply them"
         verdict = f"gathered, then {'sparse' if sparse else 'dense'} tensor cores"
         hardware = f"The 4 kept columns of every tile are gathered, which leaves 4/{m} of the arithmetic; {inside}."
@@ -120,7 +120,8 @@ class VNM(Pattern):
                 " The public kernel, Spatha, is made for Ampere and took 128:2:8 to 2.9 to 3.9 times dense on an RTX 3090; "
                 "none is made for Hopper."
             )
-        return Facts(verdict, hardware, min(1.0, gathered), positions, why, gone, why)
+        grad = min(1.0, 4 / m * max(1.0, 8 / v))  # both gradients multiply the panels densely: 2:4 is along the inputs
+        return Facts(verdict, hardware, min(1.0, gathered), positions, why, gone, why, grad, grad)
 
     def holds(self, mask: Tensor) -> bool:
         tiled = tiles(self.check_mask(mask), self.v, self.m)
