@@ -62,7 +62,8 @@ class Job:
     code: str = ""  # of ``source``, before anything runs
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "code", self.code or code_of(self.source))
+        device = str(self.config.device).partition(":")[0]
+        object.__setattr__(self, "code", self.code or code_of(self.source, device=device))
 
     @property
     def dense(self) -> bool:

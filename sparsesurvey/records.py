@@ -48,7 +48,7 @@ class Measurement:
     machine: Machine
     date: str  # UTC, "2026-01-31T09:30:00Z"
     source: str  # dotted modules whose code was measured, comma separated
-    code: str  # code_of(source) at that time
+    code: str  # code_of(source) at that time, for the machine's device
     origin: str = field(default="live", compare=False)  # "live" or "recorded": where it was read, not stored
 
     def __post_init__(self) -> None:
@@ -75,8 +75,9 @@ class Measurement:
             source: str, low: float | None = None, high: float | None = None, machine: Machine | None = None,
             code: str = "") -> "Measurement":
         """A number measured now, here, on the code as it is (give ``code`` if it was hashed before a long run)."""
+        machine = machine or Machine.current()
         return cls(metric, unit, value, value if low is None else low, value if high is None else high,
-                   str(structure), method, at, machine or Machine.current(), utc_now(), source, code or code_of(source))
+                   str(structure), method, at, machine, utc_now(), source, code or code_of(source, device=machine.device))
 
     @cached_property
     def subject(self) -> tuple:
@@ -92,7 +93,7 @@ class Measurement:
     def stale(self) -> bool:
         """Whether the measured code has changed since, or is gone."""
         try:
-            return self.code != code_of(self.source)
+            return self.code != code_of(self.source, device=self.machine.device)
         except ValueError:
             return True
 

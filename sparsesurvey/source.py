@@ -21,13 +21,14 @@ PACKAGE = Path(__file__).parent
 SOURCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(,[A-Za-z_]\w*(\.[A-Za-z_]\w*)*)*")
 
 
-def code_of(source: str, package: Path = PACKAGE) -> str:
+def code_of(source: str, package: Path = PACKAGE, device: str = "cpu") -> str:
     """12 hex digits for the code of ``source``: dotted modules, comma separated, and what they import of ours.
 
     >>> code_of("sparsesurvey.structure") == code_of("sparsesurvey.structure")
     True
 
-    ``package`` is the folder of the package whose imports are followed. ValueError names a module that has no file.
+    ``package`` is the folder of the package whose imports are followed. What was measured on a CPU never ran the GPU's
+    code (``kernels``), which then does not count. ValueError names a module that has no file.
     """
     if not isinstance(source, str) or not SOURCE.fullmatch(source):
         raise ValueError(f"source must be dotted modules, comma separated and without spaces, got {source!r}")
@@ -39,7 +40,7 @@ def code_of(source: str, package: Path = PACKAGE) -> str:
             path = _file(module, package)
             stat = path.stat()
             texts[module], imports = _read(path, module, package, stat.st_mtime_ns, stat.st_size)
-            waiting += imports
+            waiting += [name for name in imports if device != "cpu" or not name.startswith(f"{package.name}.kernels")]
     digest = hashlib.sha256()
     for module in sorted(texts):
         digest.update(f"{module}\n{texts[module]}\n".encode())

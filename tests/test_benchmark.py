@@ -94,7 +94,7 @@ def test_what_is_recorded_is_not_measured_again(tmp_path, monkeypatch):
     assert [row for row in more.rows if row.method in ("right", "dense")] == first.rows and len(more.rows) == 7
     other = products(Sample(), (16, 32), 4, "block", record=str(tmp_path), kernels=["right"], **QUICK)
     assert len(other.rows) == 4 and CALLS["right"] == calls + 1
-    monkeypatch.setattr(measure, "code_of", lambda source: "f" * 12)  # the code has changed since
+    monkeypatch.setattr(measure, "code_of", lambda source, **device: "f" * 12)  # the code has changed since
     changed = products(Sample(), (16, 32), 8, "block", record=str(tmp_path), kernels=["right"], **QUICK)
     assert CALLS["right"] == calls + 2 and {row.code for row in changed.rows} == {"f" * 12}
 

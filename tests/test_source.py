@@ -101,6 +101,24 @@ def test_imports_for_type_checkers_alone_do_not_count(package):
     assert code_of("sparsesurvey.typed", package) != first
 
 
+def test_device_code_counts_for_a_gpu_only(package):
+    """What a CPU measured stays what it was when a kernel changes that only a GPU runs."""
+    (package / "kernels").mkdir()
+    (package / "kernels" / "__init__.py").write_text("")
+    (package / "kernels" / "c.py").write_text("C = 1\n")
+    (package / "structures" / "c.py").write_text("def spmm_triton():\n    from sparsesurvey.kernels import c\n    return c.C\n")
+    both = lambda: [code_of("sparsesurvey.structures.c", package, device) for device in ("cpu", "cuda")]
+    cpu, gpu = both()
+    assert code_of("sparsesurvey.structures.c", package) == cpu != gpu
+    edit(package / "kernels" / "c.py", "C = 2\n")
+    assert both()[0] == cpu and both()[1] != gpu
+    a = [code_of("sparsesurvey.structures.a", package, device) for device in ("cpu", "cuda")]
+    assert a[0] == a[1], "a structure without device code has one hash"
+    named = code_of("sparsesurvey.kernels.c", package)
+    edit(package / "kernels" / "c.py", "C = 3\n")
+    assert code_of("sparsesurvey.kernels.c", package) != named, "what is named counts always"
+
+
 def test_code_of_a_structure_here_knows_no_other(tmp_path):
     root = tmp_path / "sparsesurvey"
     shutil.copytree(source.PACKAGE, root, ignore=shutil.ignore_patterns("__pycache__", "recorded"))
