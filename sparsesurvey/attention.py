@@ -14,7 +14,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from sparsesurvey.structure import check_int, describe, tiles, untile
+from sparsesurvey.packing import tiles, untile
+from sparsesurvey.structure import check_int, describe
 
 EMPTY, FULL, PART = 0, 1, 2
 

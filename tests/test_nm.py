@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from sparsesurvey import figures, structures
-from sparsesurvey.structure import Pattern, in_cache, stored_bytes, words
+from sparsesurvey.packing import in_cache, words
+from sparsesurvey.structure import Pattern, stored_bytes
 from sparsesurvey.structures import NM
 from sparsesurvey.structures.nm import PackedNM
 
@@ -61,7 +62,7 @@ def test_pack_fills_groups_in_any_part_of_a_large_weight(monkeypatch):
     weight = NM(2, 4).project(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))
     weight[40, 8:12] = 0
     whole = NM(2, 4).pack(weight)
-    monkeypatch.setattr("sparsesurvey.structure.CACHED", 3 * 64)
+    monkeypatch.setattr(f"{in_cache.__module__}.CACHED", 3 * 64)
     assert len(list(in_cache(weight))) == 22
     parts = NM(2, 4).pack(weight)
     assert all(torch.equal(a, b) for a, b in zip(whole[:2], parts[:2]))

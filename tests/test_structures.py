@@ -8,10 +8,8 @@ from math import comb
 import pytest
 import torch
 
-from sparsesurvey.structure import (
-    Cost, Pattern, Structure, Unavailable, bits_for, compress_rows, expand_rows, pack_bits, stored_bytes, tiles, top,
-    unpack_bits, untile,
-)
+from sparsesurvey.packing import bits_for, compress_rows, expand_rows, pack_bits, tiles, top, unpack_bits, untile
+from sparsesurvey.structure import Cost, Pattern, Structure, Unavailable, stored_bytes
 from sparsesurvey.structures import NM, VNM, Block, Dense, Unstructured, all_structures
 from sparsesurvey.structures.nm import PackedNM
 from sparsesurvey.structures.unstructured import PackedCSR, scipy_sparse

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from sparsesurvey.pruning import channel_scaled, gaussian, kept
-from sparsesurvey.structure import stored_bytes, tiles
+from sparsesurvey.packing import tiles
+from sparsesurvey.structure import stored_bytes
 from sparsesurvey.structures import NM, TEW, TVW, Block, TileWise, Unstructured
 from sparsesurvey.structures.tilewise import NONE, cheapest_cuts, quad_numbers, ragged
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from sparsesurvey import solvers
-from sparsesurvey.structure import stored_bytes, tiles
+from sparsesurvey.packing import tiles
+from sparsesurvey.structure import stored_bytes
 from sparsesurvey.structures import NM, Transposable
 from sparsesurvey.structures.transposable import (
     closed_form, count, estimate, exhaustive, few, greedy, linear_program, row_then_column, saturate, tsenor,

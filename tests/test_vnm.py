@@ -7,7 +7,8 @@ from math import comb, log
 import pytest
 import torch
 
-from sparsesurvey.structure import stored_bytes, tiles
+from sparsesurvey.packing import tiles
+from sparsesurvey.structure import stored_bytes
 from sparsesurvey.structures import NM, VNM
 from sparsesurvey.structures.vnm import bound, choose, exhaustive_mask, falling, top_of_few
 

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from sparsesurvey.packing import bits_for, entropy, in_cache, index_dtype, pack_bits, top, unpack_bits
 from sparsesurvey.structure import (
-    Facts, Pattern, Plan, Shape, bits_for, check_activations, check_density, check_int, check_order, check_part, entropy,
-    in_cache, index_dtype, pack_bits, top, unpack_bits,
+    Facts, Pattern, Plan, Shape, check_activations, check_density, check_int, check_order, check_part,
 )
 from sparsesurvey.structures.unstructured import (
     NO_PATH, WHY_NOT, PackedCSR, scipy_csr, scipy_product, tiled_product, torch_csr, torch_product, torch_sampled,

@@ -31,9 +31,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparsesurvey.packing import compress_rows, entropy, expand_rows, index_dtype, tiles, top, untile
 from sparsesurvey.structure import (
     Facts, Pattern, Plan, Shape, Unavailable, check_activations, check_density, check_int, check_pair, check_part,
-    compress_rows, entropy, expand_rows, index_dtype, tiles, top, untile,
 )
 from sparsesurvey.structures.unstructured import (
     PackedCSR, check_library, compressed, scipy_product, scipy_sparse, torch_csr, torch_product,
@@ -220,8 +220,22 @@ class Block(Pattern):
         return block
 
     def spmm_torch_bsr(self, packed: PackedBSR) -> Plan:
+        """On a CPU by MKL; on a GPU by torch's Triton kernel as it is shipped (kernels/torch_bsr.py)."""
         self.places(packed)
-        return torch_product("x", torch_bsr(packed))
+        if packed.values.device.type == "cpu":
+            return torch_product("x", torch_bsr(packed))
+        return self.torch_triton(packed, searched=False)
+
+    def spmm_torch_bsr_searched(self, packed: PackedBSR) -> Plan:
+        """torch's Triton kernel with its stages, warps and tiles searched for each shape."""
+        self.places(packed)
+        return self.torch_triton(packed, searched=True)
+
+    def torch_triton(self, packed: PackedBSR, searched: bool) -> Plan:
+        from sparsesurvey.kernels import torch_bsr as library
+
+        library.require(packed.values)
+        return library.plan(compressed(torch.sparse_bsr_tensor, packed), packed.values.detach(), searched)
 
     def spmm_torch_csr(self, packed: PackedBSR) -> Plan:
         kept = self.unpack(packed._replace(values=torch.ones_like(packed.values))) != 0
@@ -247,6 +261,15 @@ class Panel(NamedTuple):
 
     columns: Tensor  # int64 [k], their block columns
     weight: Tensor  # [k * cols, rows]
+
+
+def panel_code() -> ModuleType:
+    """The Triton kernels that multiply panels on a GPU (kernels/panel.py): plans as ``gather_plan`` and its like below."""
+    try:
+        from sparsesurvey.kernels import panel
+    except ImportError:
+        raise Unavailable("needs triton") from None
+    return panel
 
 
 Terms = list[list[tuple[int, Tensor]]]

@@ -23,7 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsesurvey.structure import Facts, Pattern, Plan, Shape, check_int, check_part, compress_rows, tiles, untile
+from sparsesurvey.packing import compress_rows, tiles, untile
+from sparsesurvey.structure import Facts, Pattern, Plan, Shape, check_int, check_part
 from sparsesurvey.structures.block import Block, PackedBSR
 
 

@@ -10,7 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsesurvey.structure import Facts, Pattern, Plan, Shape, check_activations, check_pair, check_part
+from sparsesurvey.structure import (
+    Facts, Pattern, Plan, Shape, Unavailable, check_activations, check_pair, check_part,
+)
 
 
 class PackedDense(NamedTuple):
@@ -62,3 +64,32 @@ class Dense(Pattern):
             return dy.T @ x
 
         return run
+
+    # On a GPU what torch calls is one algorithm of cuBLAS, chosen by a heuristic. These search.
+
+    def spmm_torch_compile(self, packed: PackedDense) -> Plan:
+        """``F.linear`` compiled with mode max-autotune: cuBLAS and Triton templates are timed, the fastest is taken.
+
+        Every number of tokens is compiled when it is first seen, which takes seconds; what was compiled before is dropped.
+        """
+        weight = packed.values.detach()
+        if weight.device.type != "cuda":
+            raise Unavailable(f"needs a CUDA device, got an operand on {weight.device}")
+        torch.compiler.reset()
+        product = torch.compile(torch.nn.functional.linear, mode="max-autotune-no-cudagraphs", dynamic=False, fullgraph=True)
+        return lambda x: product(check_activations("x", x, weight.shape[1], weight), weight)
+
+    def spmm_cublaslt(self, packed: PackedDense) -> Plan:
+        """The fastest of the algorithms that cuBLASLt proposes (kernels/cublaslt.py)."""
+        return self.searched(packed, "spmm")
+
+    def spmmt_cublaslt(self, packed: PackedDense) -> Plan:
+        return self.searched(packed, "spmmt")
+
+    def sddmm_cublaslt(self, packed: PackedDense) -> Plan:
+        return self.searched(packed, "sddmm")
+
+    def searched(self, packed: PackedDense, product: str) -> Plan:
+        from sparsesurvey.kernels import cublaslt
+
+        return cublaslt.searched_plan(packed.values, product)

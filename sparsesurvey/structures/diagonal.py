@@ -24,9 +24,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparsesurvey.packing import compress_rows, index_dtype, top
 from sparsesurvey.structure import (
-    Facts, Pattern, Plan, Shape, check_activations, check_density, check_order, check_pair, check_part, compress_rows,
-    index_dtype, top,
+    Facts, Pattern, Plan, Shape, check_activations, check_density, check_order, check_pair, check_part,
 )
 from sparsesurvey.structures.unstructured import (
     NO_PATH, WHY_NOT, PackedCSR, scipy_product, scipy_sparse, tiled_product, torch_csr, torch_product, torch_sampled,

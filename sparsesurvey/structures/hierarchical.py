@@ -32,10 +32,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsesurvey.structure import (
-    Facts, Pattern, Plan, Shape, check_density, check_int, check_part, compress_rows, entropy, expand_rows, index_dtype,
-    tiles, top, untile,
-)
+from sparsesurvey.packing import compress_rows, entropy, expand_rows, index_dtype, tiles, top, untile
+from sparsesurvey.structure import Facts, Pattern, Plan, Shape, check_density, check_int, check_part
 from sparsesurvey.structures.block import Block, PackedBSR
 from sparsesurvey.structures.nm import NM, PackedNM
 from sparsesurvey.structures.unstructured import (

@@ -25,9 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsesurvey.structure import (
-    Facts, Pattern, Plan, Shape, check_density, check_int, check_part, check_weight, entropy, index_dtype, tiles, top,
-)
+from sparsesurvey.packing import entropy, index_dtype, tiles, top
+from sparsesurvey.structure import Facts, Pattern, Plan, Shape, check_density, check_int, check_part, check_weight
 from sparsesurvey.structures.block import Panel, gather_gradient_plan, gather_plan, scatter_plan
 from sparsesurvey.structures.nm import NM, PackedNM, most_of_4, tensor_cores
 

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from sparsesurvey.structure import (
-    PRODUCTS, Facts, Pattern, Plan, Shape, Structure, check_activations, check_density, check_pair, check_part, check_weight,
-    describe,
+    PRODUCTS, Facts, Pattern, Plan, Shape, Structure, check_activations, check_density, check_pair, check_part,
+    check_weight, describe,
 )
 from sparsesurvey.structures.nm import NM
 from sparsesurvey.structures.unstructured import Unstructured

@@ -29,9 +29,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sparsesurvey.packing import index_dtype, top
 from sparsesurvey.structure import (
-    Facts, Pattern, Plan, Shape, check_activations, check_density, check_order, check_pair, check_part, check_weight,
-    index_dtype, top,
+    Facts, Pattern, Plan, Shape, check_activations, check_density, check_order, check_pair, check_part,
+    check_weight,
 )
 
 AXES = ("inner", "out", "in")

@@ -19,9 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparsesurvey.packing import bits_for, compress_rows, in_cache, pack_bits, top, unpack_bits, words
 from sparsesurvey.structure import (
-    Facts, Pattern, Plan, Shape, bits_for, check_int, check_order, check_pair, check_part, check_weight, compress_rows,
-    in_cache, pack_bits, top, unpack_bits, words,
+    Facts, Pattern, Plan, Shape, check_int, check_order, check_pair, check_part, check_weight,
 )
 from sparsesurvey.structures.unstructured import (
     NO_PATH, WHY_NOT, PackedCSR, scipy_csr, scipy_product, tiled_product, torch_csr, torch_product, torch_sampled,
@@ -271,6 +271,38 @@ class NM(Pattern):
 
     def spmmt_scipy_csr(self, packed: PackedNM) -> Plan:
         return scipy_product("dy", scipy_csr(self.backward(packed)), packed.values)
+
+    # On a GPU sparse tensor cores multiply 2:4 along the axis that is summed over, in libraries (kernels/semi_structured.py).
+
+    def spmm_cusparselt(self, packed: PackedNM) -> Plan:
+        return self.on_sparse_cores("in", packed)
+
+    def spmm_cusparselt_searched(self, packed: PackedNM) -> Plan:
+        return self.on_sparse_cores("in", packed, searched=True)
+
+    def spmmt_cusparselt(self, packed: PackedNM) -> Plan:
+        return self.on_sparse_cores("out", packed)
+
+    def spmmt_cusparselt_searched(self, packed: PackedNM) -> Plan:
+        return self.on_sparse_cores("out", packed, searched=True)
+
+    def spmm_cutlass(self, packed: PackedNM) -> Plan:
+        from sparsesurvey.kernels import semi_structured
+
+        rows = self.two_of_four("in", packed)
+        pairs = packed if (self.n, self.m) == (2, 4) else NM(2, 4).pack(rows)
+        return semi_structured.cutlass_plan(pairs.values, pairs.index, packed.shape)
+
+    def on_sparse_cores(self, summed: str, packed: PackedNM, searched: bool = False) -> Plan:
+        from sparsesurvey.kernels import semi_structured
+
+        return semi_structured.cusparselt_plan(self.two_of_four(summed, packed), searched)
+
+    def two_of_four(self, summed: str, packed: PackedNM) -> Tensor:
+        """The matrix whose rows the product sums over, with at most 2 of every 4 in a row; Unavailable if it has more."""
+        if self.axis != summed or most_of_4(self.n, self.m) > 2:
+            raise Unavailable(f"needs at most 2 of every 4 along the {summed}puts, {self} may keep more")
+        return self.along(self.unpack(packed))
 
 
 def whole_rows(part: Tensor) -> Tensor:

@@ -22,9 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparsesurvey.structure import (
-    Facts, Plan, Shape, Structure, Unavailable, check_int, check_part, pack_bits,
-)
+from sparsesurvey.packing import pack_bits
+from sparsesurvey.structure import Facts, Plan, Shape, Structure, Unavailable, check_int, check_part
 from sparsesurvey.structures.nm import NM, PackedNM, tensor_cores
 from sparsesurvey.structures.unstructured import PackedCSR, check_library, tiled_product, torch_csr
 

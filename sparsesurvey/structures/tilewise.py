@@ -31,9 +31,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparsesurvey.packing import compress_rows, entropy, expand_rows, index_dtype, tiles, top
 from sparsesurvey.structure import (
-    Facts, Pattern, Plan, Shape, check_activations, check_density, check_int, check_pair, check_part, compress_rows,
-    entropy, expand_rows, index_dtype, tiles, top,
+    Facts, Pattern, Plan, Shape, check_activations, check_density, check_int, check_pair, check_part,
 )
 from sparsesurvey.structures.block import BREAK_EVEN, Panel, gather_gradient_plan, gather_plan, scatter_plan
 from sparsesurvey.structures.nm import NM, PackedNM

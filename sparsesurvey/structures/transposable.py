@@ -37,10 +37,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsesurvey.structure import (
-    Facts, Pattern, Plan, Shape, check_int, check_part, compress_rows, in_cache, pack_bits, tiles, top, unpack_bits,
-    untile,
-)
+from sparsesurvey.packing import compress_rows, in_cache, pack_bits, tiles, top, unpack_bits, untile
+from sparsesurvey.structure import Facts, Pattern, Plan, Shape, check_int, check_part
 from sparsesurvey.structures.nm import tensor_cores
 from sparsesurvey.structures.unstructured import (
     PackedCSR, scipy_csr, scipy_product, tiled_product, torch_csr, torch_product, torch_sampled,

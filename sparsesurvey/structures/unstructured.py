@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sparsesurvey.packing import compress_rows, entropy, expand_rows, index_dtype, top
 from sparsesurvey.structure import (
-    Facts, Pattern, Plan, Shape, Unavailable, check_activations, check_density, check_pair, check_part, compress_rows,
-    entropy, expand_rows, index_dtype, top,
+    Facts, Pattern, Plan, Shape, Unavailable, check_activations, check_density, check_pair, check_part,
 )
 
 TOKENS = 64  # multiplied at a time by tiled_product
@@ -113,6 +113,14 @@ class Unstructured(Pattern):
         self.places(packed)
         return torch_sampled(torch_csr(packed))
 
+    def spmm_cupy_csr(self, packed: PackedCSR) -> Plan:
+        self.places(packed)
+        return cupy_product("x", packed)
+
+    def spmmt_cupy_csr(self, packed: PackedCSR) -> Plan:
+        self.places(packed)
+        return cupy_product("dy", packed.transposed())
+
     def spmm_tiled_csr(self, packed: PackedCSR) -> Plan:
         self.places(packed)
         return tiled_product("x", torch_csr(packed))
@@ -177,8 +185,17 @@ def tiled_product(name: str, matrix: Tensor) -> Plan:
     return run
 
 
+def cupy_product(name: str, packed: PackedCSR) -> Plan:
+    """Plan of ``x @ W.T`` by cuSPARSE through CuPy (kernels/cupy_csr.py)."""
+    from sparsesurvey.kernels import cupy_csr
+
+    return cupy_csr.plan(name, packed)
+
+
 def torch_sampled(matrix: Tensor) -> Plan:
     """Plan of the values of ``dy.T @ x`` at the entries of a CSR matrix: one dot product over the tokens each."""
+    if matrix.dtype not in (torch.float32, torch.float64):
+        raise Unavailable(f"needs float32 or float64, got {matrix.dtype}")
     def run(dy: Tensor, x: Tensor) -> Tensor:
         dy, x = check_pair(dy, x, matrix.shape, matrix)
         features = dy.T.contiguous(), x.T.contiguous().T  # tokens contiguous in both

@@ -21,7 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsesurvey.structure import Facts, Pattern, Plan, Shape, check_int, check_order, check_part, tiles, top
+from sparsesurvey.packing import tiles, top
+from sparsesurvey.structure import Facts, Pattern, Plan, Shape, check_int, check_order, check_part
 from sparsesurvey.structures.block import BREAK_EVEN, Panel, gather_gradient_plan, gather_plan, scatter_plan
 from sparsesurvey.structures.nm import tensor_cores
 

@@ -26,10 +26,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsesurvey.structure import (
-    Facts, Pattern, Plan, Shape, check_int, check_order, check_part, index_dtype, tiles, top, unpack_bits, untile,
-)
-from sparsesurvey.structures.block import Block, PackedBSR
+from sparsesurvey.packing import index_dtype, tiles, top, unpack_bits, untile
+from sparsesurvey.structure import Facts, Pattern, Plan, Shape, check_int, check_order, check_part
+from sparsesurvey.structures.block import Block, PackedBSR, Panel, panel_code
 from sparsesurvey.structures.nm import NM, PackedNM, tensor_cores
 
 COLUMNS = 4  # of every tile; the sparse tensor cores then want 2 of these 4 in each row
@@ -227,6 +226,23 @@ class VNM(Pattern):
         places = self.places(packed)
         run = self.outer.sddmm_gather(self.vectors(packed, places))
         order = places.flatten()
+        return lambda dy, x: run(dy, x).flatten().index_select(0, order).view(packed.values.shape)
+
+    # On a GPU dense tensor cores do the same (kernels/panel.py).
+
+    def panels(self, packed: PackedVNM) -> tuple[list[Panel], Shape, Tensor]:
+        """The kept columns as panels of v outputs: what a plan needs."""
+        vectors = self.vectors(packed, self.places(packed))
+        return self.outer.panels(vectors), self.outer.grid(packed.shape), vectors.values
+
+    def spmm_triton(self, packed: PackedVNM) -> Plan:
+        return panel_code().gather_plan(*self.panels(packed))
+
+    def spmmt_triton(self, packed: PackedVNM) -> Plan:
+        return panel_code().spread_plan(*self.panels(packed))
+
+    def sddmm_triton(self, packed: PackedVNM) -> Plan:
+        order, run = self.places(packed).flatten(), panel_code().sample_plan(*self.panels(packed))
         return lambda dy, x: run(dy, x).flatten().index_select(0, order).view(packed.values.shape)
 
 
