@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sparsesurvey.packing import bits_for, compress_rows, in_cache, pack_bits, top, unpack_bits, words
 from sparsesurvey.structure import (
-    Facts, Pattern, Plan, Shape, check_int, check_order, check_pair, check_part, check_weight,
+    Facts, Pattern, Plan, Shape, Unavailable, check_int, check_order, check_pair, check_part, check_weight,
 )
 from sparsesurvey.structures.unstructured import (
     NO_PATH, WHY_NOT, PackedCSR, scipy_csr, scipy_product, tiled_product, torch_csr, torch_product, torch_sampled,

@@ -1,0 +1,149 @@
+"""Libraries as the peers to beat: which kernels call them, what they need, and what of them a CPU can check."""
+
+import pytest
+import torch
+
+from sparsesurvey.kernels import cublaslt, semi_structured, torch_bsr
+from sparsesurvey.structure import Unavailable
+from sparsesurvey.structures import NM, Block, Dense, Unstructured
+
+PEERS = {
+    Dense(): {"spmm": {"torch", "torch_compile", "cublaslt"}, "spmmt": {"torch", "cublaslt"}, "sddmm": {"torch", "cublaslt"}},
+    NM(2, 4): {"spmm": {"torch_csr", "cusparselt", "cusparselt_searched", "cutlass"}, "spmmt": {"torch_csr"}},
+    Block(32, 32, 0.5): {"spmm": {"torch_bsr", "torch_bsr_searched", "torch_csr"}},
+    Unstructured(0.5): {"spmm": {"torch_csr", "cupy_csr"}, "spmmt": {"torch_csr", "cupy_csr"}, "sddmm": {"torch_csr"}},
+}
+ON_GPU = [("spmm", "torch_compile", Dense()), ("spmm", "cublaslt", Dense()), ("spmmt", "cublaslt", Dense()),
+          ("sddmm", "cublaslt", Dense()), ("spmm", "cusparselt", NM(2, 4)), ("spmm", "cusparselt_searched", NM(1, 4)),
+          ("spmmt", "cusparselt", NM(2, 4, "out")), ("spmmt", "cusparselt_searched", NM(2, 4, "out")), ("spmm", "cutlass", NM(2, 4)),
+          ("spmm", "torch_bsr_searched", Block(32, 32, 0.5)), ("spmm", "cupy_csr", Unstructured(0.5)),
+          ("spmmt", "cupy_csr", Unstructured(0.5))]
+
+
+def packed(structure, dtype=torch.bfloat16, shape=(64, 64)):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return structure.pack(structure.project(weight))
+
+
+def test_every_peer_is_a_kernel_with_the_name_of_its_library():
+    for structure, products in PEERS.items():
+        for product, names in products.items():
+            assert names <= set(structure.kernels(product)), (str(structure), product)
+
+
+@pytest.mark.parametrize("product, kernel, structure", ON_GPU, ids=lambda part: str(part))
+def test_a_peer_that_needs_a_gpu_says_so(product, kernel, structure):
+    with pytest.raises(Unavailable, match="needs a CUDA device, got an operand on cpu"):
+        structure.kernels(product)[kernel](packed(structure))
+
+
+def test_what_sparse_tensor_cores_cannot_take():
+    for structure, product in ((NM(3, 4), "spmm"), (NM(2, 5), "spmm"), (NM(2, 4, "out"), "spmm"), (NM(2, 4), "spmmt")):
+        with pytest.raises(Unavailable, match="needs at most 2 of every 4 along the"):
+            structure.kernels(product)["cusparselt"](packed(structure, shape=(60, 60)))
+    with pytest.raises(Unavailable, match="needs float32 or float64"):
+        Unstructured(0.5).sddmm_torch_csr(packed(Unstructured(0.5)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("structure", [NM(2, 4), NM(1, 4), NM(2, 8)], ids=str)
+def test_our_index_is_that_of_cutlass_in_another_order(structure, dtype):
+    """Also with groups that hold fewer than two weights."""
+    from torch.sparse._semi_structured_conversions import sparse_semi_structured_to_dense_cutlass
+
+    weight = structure.unpack(packed(structure, dtype, (96, 192)))
+    weight[:32] *= torch.rand(32, 192) < 0.5
+    pairs = NM(2, 4).pack(weight)
+    values, meta = semi_structured.cutlass_form(pairs.values, pairs.index)
+    assert values.shape == (96, 96) and meta.shape == (96, 12) and meta.dtype == torch.int16
+    assert torch.equal(sparse_semi_structured_to_dense_cutlass(values, meta), weight)
+
+
+def test_the_order_is_that_of_torchs_own_converter():
+    from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
+
+    full = packed(NM(2, 4), torch.float16, (64, 128))
+    values, meta = semi_structured.cutlass_form(full.values, full.index)
+    right = sparse_semi_structured_from_dense_cutlass(NM(2, 4).unpack(full))
+    assert torch.equal(values, right[0]) and torch.equal(meta, right[1])
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 8, 9])
+def test_tokens_are_filled_up(tokens):
+    x = torch.randn(tokens, 6)
+    eights = semi_structured.eights(x)
+    assert len(eights) == -(-tokens // 8) * 8 and torch.equal(eights[:tokens], x) and not eights[tokens:].any()
+    tiles = torch_bsr.padded(x, 16)
+    assert tiles.shape == (6, 16) and torch.equal(tiles[:, :tokens].T, x)
+
+
+@pytest.mark.parametrize("columns, rows, widths", [(16, 16, {16}), (64, 64, {64}), (192, 64, {64}), (8192, 128, {64, 128}), (48, 16, {16})])
+def test_what_is_searched_for_torchs_block_kernel(columns, rows, widths):
+    found = torch_bsr.metas(columns, rows)
+    assert {columns // meta["SPLIT_N"] for meta in found} == widths and all(columns % meta["SPLIT_N"] == 0 for meta in found)
+    assert len(found) == len(widths) * len(torch_bsr.STAGES) * len(torch_bsr.WARPS)
+
+
+def test_the_answer_of_cublaslt_has_the_layout_of_its_header():
+    """cublasLtMatmulHeuristicResult_t: 64 bytes of algorithm, size_t, int, float, int[4]."""
+    fields = {name: getattr(cublaslt.Heuristic, name).offset for name, _ in cublaslt.Heuristic._fields_}
+    assert fields == {"algo": 0, "workspace": 64, "state": 72, "waves": 76, "reserved": 80}
+    import ctypes
+    assert ctypes.sizeof(cublaslt.Heuristic) == 96
+
+
+class Recorder:
+    """Stands in for the C library: answers success, and keeps what it was asked."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            self.calls.append((name, arguments))
+            if name == "cublasLtMatmulAlgoGetHeuristic":
+                found, count = arguments[-2], arguments[-1]
+                found[0].state, found[1].state, count._obj.value = 7, 0, 2
+            return 0
+        return call
+
+
+@pytest.fixture
+def library(monkeypatch):
+    made = cublaslt.Library.__new__(cublaslt.Library)
+    made.library, made.handle = Recorder(), None
+    monkeypatch.setattr(cublaslt, "library", lambda weight: made)
+    monkeypatch.setattr(cublaslt.Product, "seconds", lambda self, item, *operands: item.state)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: type("Stream", (), {"cuda_stream": 0}))
+    monkeypatch.setattr(cublaslt, "WORKSPACE", 16)
+    return made.library
+
+
+@pytest.mark.parametrize("product", ["spmm", "spmmt", "sddmm"])
+def test_the_matrices_that_cublaslt_is_given_make_the_product(library, product):
+    """Column-major: C (m x n) = op(A) op(B). Read back what was asked for, and multiply it by hand."""
+    weight, x, dy = (torch.randn(size, generator=torch.Generator().manual_seed(0)) for size in ((6, 4), (3, 4), (3, 6)))
+    inputs = {"spmm": (x,), "spmmt": (dy,), "sddmm": (dy, x)}[product]
+    result = cublaslt.searched_plan(weight, product)(*inputs)
+    asked = dict((name, arguments) for name, arguments in library.calls)
+    layouts = [arguments for name, arguments in library.calls if name == "cublasLtMatrixLayoutCreate"]
+    flags = [arguments[2]._obj.value for name, arguments in library.calls if name == "cublasLtMatmulDescSetAttribute"]
+    pointers = {tensor.data_ptr(): tensor for tensor in (weight, x, dy, result)}
+    _, _, _, a, _, b, _, _, c, *_ = asked["cublasLtMatmul"]
+    a, b, c = (pointers[pointer.value] for pointer in (a, b, c))
+    seen = [(layout[2].value, layout[3].value, layout[4].value) for layout in layouts]
+    assert seen == [(len(part[0]), len(part), len(part[0])) for part in (a, b, c)]  # rows, columns, leading dimension
+    column_major = lambda part, flag: part if flag else part.T
+    made = column_major(a, flags[0]) @ column_major(b, flags[1])
+    assert made.T.shape == c.shape == result.shape
+    right = {"spmm": x @ weight.T, "spmmt": dy @ weight, "sddmm": dy.T @ x}[product]
+    assert torch.allclose(made.T, right, atol=1e-6)
+
+
+def test_cublaslt_searches_once_for_a_number_of_tokens(library):
+    run = cublaslt.searched_plan(torch.randn(6, 4), "spmm")
+    for tokens in (3, 3, 5):
+        run(torch.randn(tokens, 4))
+    names = [name for name, _ in library.calls]
+    assert names.count("cublasLtMatmulAlgoGetHeuristic") == 2 and names.count("cublasLtMatmul") == 3
+    assert run(torch.randn(0, 4)).shape == (0, 6)
