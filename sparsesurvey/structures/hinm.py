@@ -27,7 +27,7 @@ from torch import Tensor
 
 from sparsesurvey.packing import entropy, index_dtype, tiles, top
 from sparsesurvey.structure import Facts, Pattern, Plan, Shape, check_density, check_int, check_part, check_weight
-from sparsesurvey.structures.block import Panel, gather_gradient_plan, gather_plan, scatter_plan
+from sparsesurvey.structures.block import Panel, gather_gradient_plan, gather_plan, panel_code, scatter_plan
 from sparsesurvey.structures.nm import NM, PackedNM, most_of_4, tensor_cores
 
 MOST_SETS = 1 << 20  # sets of columns that ``optimum`` is ready to weigh
@@ -252,7 +252,10 @@ class HiNM(Pattern):
         return scatter_plan(*self.parts(packed))
 
     def sddmm_gather(self, packed: PackedHiNM) -> Plan:
-        run = gather_gradient_plan(*self.parts(packed))
+        return self.of_the_kept(gather_gradient_plan(*self.parts(packed)), packed)
+
+    def of_the_kept(self, run: Plan, packed: PackedHiNM) -> Plan:
+        """A plan that gives the gradients of the listed columns, as one of those of the values in them."""
         out, kept = packed.shape[0], packed.columns.shape[1]
         number = torch.arange(out * kept, device=packed.values.device).view(-1, kept, self.v)  # place in the vectors
         chosen = self.inner.decode(PackedNM(packed.values, packed.index, (out, kept)))
@@ -260,6 +263,17 @@ class HiNM(Pattern):
         padding = self.repeats(packed.columns).expand(-1, self.v, -1).reshape(out, kept)[chosen]
         shape = packed.values.shape
         return lambda dy, x: run(dy, x).flatten().index_select(0, places).masked_fill_(padding, 0).view(shape)
+
+    # On a GPU the same on dense tensor cores (kernels/panel.py).
+
+    def spmm_triton(self, packed: PackedHiNM) -> Plan:
+        return panel_code().gather_plan(*self.parts(packed))
+
+    def spmmt_triton(self, packed: PackedHiNM) -> Plan:
+        return panel_code().spread_plan(*self.parts(packed))
+
+    def sddmm_triton(self, packed: PackedHiNM) -> Plan:
+        return self.of_the_kept(panel_code().sample_plan(*self.parts(packed)), packed)
 
 
 def optimum(structure: HiNM, scores: Tensor) -> Tensor:

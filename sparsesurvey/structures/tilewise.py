@@ -35,7 +35,7 @@ from sparsesurvey.packing import compress_rows, entropy, expand_rows, index_dtyp
 from sparsesurvey.structure import (
     Facts, Pattern, Plan, Shape, check_activations, check_density, check_int, check_pair, check_part,
 )
-from sparsesurvey.structures.block import BREAK_EVEN, Panel, gather_gradient_plan, gather_plan, scatter_plan
+from sparsesurvey.structures.block import BREAK_EVEN, Panel, gather_gradient_plan, gather_plan, panel_code, scatter_plan
 from sparsesurvey.structures.nm import NM, PackedNM
 from sparsesurvey.structures.unstructured import PackedCSR, tiled_product, torch_csr, torch_sampled
 
@@ -207,7 +207,29 @@ class TileWise(Pattern):
         return found, (len(rows), packed.shape[1]), packed.values.unsqueeze(-1)
 
     def spmm_gather(self, packed: PackedTW) -> Plan:
-        run = gather_plan(*self.panels(packed))
+        return self.written(gather_plan(*self.panels(packed)), packed)
+
+    def spmmt_gather(self, packed: PackedTW) -> Plan:
+        return self.taken(scatter_plan(*self.panels(packed)), packed)
+
+    def sddmm_gather(self, packed: PackedTW) -> Plan:
+        return self.sampled(gather_gradient_plan(*self.panels(packed)), packed)
+
+    # On a GPU the same on dense tensor cores (kernels/panel.py).
+
+    def spmm_triton(self, packed: PackedTW) -> Plan:
+        return self.written(panel_code().gather_plan(*self.panels(packed)), packed)
+
+    def spmmt_triton(self, packed: PackedTW) -> Plan:
+        return self.taken(panel_code().spread_plan(*self.panels(packed)), packed)
+
+    def sddmm_triton(self, packed: PackedTW) -> Plan:
+        return self.sampled(panel_code().sample_plan(*self.panels(packed)), packed)
+
+    # The panels' products are of the tiles' outputs side by side, [tokens, tiles * g].
+
+    def written(self, run: Plan, packed: PackedTW) -> Plan:
+        """A plan for the tiles' outputs, as one that writes them where they belong."""
         if not self.rows:
             return run
         rows = self.places(packed)[2].flatten()
@@ -220,16 +242,17 @@ class TileWise(Pattern):
 
         return spread
 
-    def spmmt_gather(self, packed: PackedTW) -> Plan:
-        run, rows = scatter_plan(*self.panels(packed)), self.places(packed)[2].flatten().clamp(min=0)
+    def taken(self, run: Plan, packed: PackedTW) -> Plan:
+        """A plan of the tiles' outputs, as one that takes them from all."""
         if not self.rows:
             return run
+        rows = self.places(packed)[2].flatten().clamp(min=0)
         return lambda dy: run(check_activations("dy", dy, packed.shape[0], packed.values).index_select(1, rows))
 
-    def sddmm_gather(self, packed: PackedTW) -> Plan:
-        panels, grid, vectors = self.panels(packed)
+    def sampled(self, product: Plan, packed: PackedTW) -> Plan:
+        """A plan of the pieces' gradients from the tiles' outputs, as one that takes them from all."""
         tile, _, rows = self.places(packed)
-        product, nowhere = gather_gradient_plan(panels, grid, vectors), (rows == NONE)[tile]
+        nowhere = (rows == NONE)[tile]
 
         def run(dy: Tensor, x: Tensor) -> Tensor:
             dy, x = check_pair(dy, x, packed.shape, packed.values)
@@ -520,7 +543,22 @@ class TVW(Pattern):
         return scatter_plan(*self.panels(packed))
 
     def sddmm_gather(self, packed: PackedTVW) -> Plan:
-        run, quads = gather_gradient_plan(*self.panels(packed)), len(packed.values)
+        return self.of_the_kept(gather_gradient_plan(*self.panels(packed)), packed)
+
+    # On a GPU the same on dense tensor cores (kernels/panel.py).
+
+    def spmm_triton(self, packed: PackedTVW) -> Plan:
+        return panel_code().gather_plan(*self.panels(packed))
+
+    def spmmt_triton(self, packed: PackedTVW) -> Plan:
+        return panel_code().spread_plan(*self.panels(packed))
+
+    def sddmm_triton(self, packed: PackedTVW) -> Plan:
+        return self.of_the_kept(panel_code().sample_plan(*self.panels(packed)), packed)
+
+    def of_the_kept(self, run: Plan, packed: PackedTVW) -> Plan:
+        """A plan of the gradients of whole quads, as one of those of the values in them."""
+        quads = len(packed.values)
         code = PackedNM(packed.values, packed.index, (quads, QUAD * self.g))
         kept = self.inner.decode(code).view(quads, self.g, QUAD)
         nowhere = (self.places(packed)[1] == NONE).unsqueeze(1)

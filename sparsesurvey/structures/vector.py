@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sparsesurvey.packing import tiles, top
 from sparsesurvey.structure import Facts, Pattern, Plan, Shape, check_int, check_order, check_part
-from sparsesurvey.structures.block import BREAK_EVEN, Panel, gather_gradient_plan, gather_plan, scatter_plan
+from sparsesurvey.structures.block import BREAK_EVEN, Panel, gather_gradient_plan, gather_plan, panel_code, scatter_plan
 from sparsesurvey.structures.nm import tensor_cores
 
 
@@ -156,9 +156,23 @@ class VectorNM(Pattern):
         return scatter_plan(self.panels(packed), *self.outlines(packed))
 
     def sddmm_gather(self, packed: PackedVectorNM) -> Plan:
-        run = gather_gradient_plan(self.panels(packed), *self.outlines(packed))
+        return self.in_rows(gather_gradient_plan(self.panels(packed), *self.outlines(packed)), packed)
+
+    def in_rows(self, run: Plan, packed: PackedVectorNM) -> Plan:
+        """A plan that gives the gradient of one vector a line, as one of the gradient of the values."""
         panels, width = packed.index.shape
         return lambda dy, x: run(dy, x).view(panels, width, self.v).mT.reshape(packed.values.shape)
+
+    # On a GPU the same on dense tensor cores (kernels/panel.py).
+
+    def spmm_triton(self, packed: PackedVectorNM) -> Plan:
+        return panel_code().gather_plan(self.panels(packed), *self.outlines(packed))
+
+    def spmmt_triton(self, packed: PackedVectorNM) -> Plan:
+        return panel_code().spread_plan(self.panels(packed), *self.outlines(packed))
+
+    def sddmm_triton(self, packed: PackedVectorNM) -> Plan:
+        return self.in_rows(panel_code().sample_plan(self.panels(packed), *self.outlines(packed)), packed)
 
 
 def arithmetic_intensity(rows: int, outs: int, inputs: int, width: int, used: int, itemsize: int = 4,
