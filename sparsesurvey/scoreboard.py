@@ -67,7 +67,10 @@ def _times(row: Measurement | None) -> str:
 
 def price(gaps: pd.DataFrame) -> Figure:
     """Loss above dense by structure, from ``tables.gaps``: a dot at the mean, a whisker from the lowest to the highest seed."""
-    figure, ax = plt.subplots(figsize=(7.2, 0.9 + 0.34 * len(gaps)))
+    if gaps.empty:
+        return figures.empty("no run with this code is recorded")
+    gaps = gaps.sort_values("gap")
+    figure, ax = plt.subplots(figsize=(7.2, 0.9 + 0.28 * len(gaps)))
     for place, line in enumerate(gaps.itertuples()):
         ax.errorbar(line.gap, place, xerr=[[line.gap - line.lowest], [line.highest - line.gap]], fmt="o", capsize=3,
                     color=figures.colour(line.structure))

@@ -82,7 +82,7 @@ def gaps(rows: Iterable[Measurement]) -> "pd.DataFrame":
 
     Runs of one seed share their start and their batches, so the gap is taken within a seed: its mean, lowest and
     highest over the seeds. "resolved" says whether every seed's gap has the same sign and exceeds the range of dense
-    over its seeds; with one seed nothing is resolved.
+    over its seeds; with one seed nothing is resolved. No rows, no lines.
     """
     import pandas as pd
 
@@ -91,10 +91,10 @@ def gaps(rows: Iterable[Measurement]) -> "pd.DataFrame":
         held = ends.setdefault(row.structure, {}).get(row.at["seed"])
         if held is None or row.at["step"] > held.at["step"]:
             ends[row.structure][row.at["seed"]] = row
-    if "dense" not in ends:
+    if ends and "dense" not in ends:
         raise ValueError(f"rows must hold a dense run to compare with, got {', '.join(ends) or 'none'}")
-    dense = {seed: row.value for seed, row in ends["dense"].items()}
-    noise = max(dense.values()) - min(dense.values())
+    dense = {seed: row.value for seed, row in ends.get("dense", {}).items()}
+    noise = max(dense.values(), default=0.0) - min(dense.values(), default=0.0)
     lines = []
     for name, runs in ends.items():
         mine = [row.value - dense[seed] for seed, row in runs.items() if seed in dense]
@@ -102,6 +102,6 @@ def gaps(rows: Iterable[Measurement]) -> "pd.DataFrame":
         resolved = name != "dense" and len(mine) > 1 and (min(mine) > noise or max(mine) < -noise)
         lines.append({"structure": name, "seeds": len(losses), "loss": sum(losses) / len(losses), "gap": sum(mine) / len(mine),
                       "lowest": min(mine), "highest": max(mine), "resolved": "yes" if resolved else "" if name == "dense" else "no"})
-    frame = pd.DataFrame(lines).round(4)
+    frame = pd.DataFrame(lines, columns=["structure", "seeds", "loss", "gap", "lowest", "highest", "resolved"]).round(4)
     frame.attrs = {"range of dense": noise}
     return unnumbered(frame)

@@ -131,3 +131,15 @@ def test_every_pattern_is_drawn_and_its_storage():
 def test_the_price_has_a_line_for_each_structure():
     rows = [loss(name, seed, 2.0 + seed / 10) for name in ("dense", "2:4") for seed in (0, 1)]
     assert [text.get_text() for text in scoreboard.price(gaps(rows)).axes[0].get_yticklabels()] == ["dense", "2:4"]
+
+
+def test_no_rows_are_no_lines_and_a_picture_that_says_so():
+    frame = gaps([])
+    assert frame.empty and "gap" in frame.columns
+    assert "no run" in scoreboard.price(frame).texts[0].get_text()
+
+
+def test_the_price_is_sorted():
+    rows = [loss("dense", 0, 2.0), loss("2:4", 0, 2.3), loss("unstructured 50%", 0, 2.1)]
+    labels = [label.get_text() for label in scoreboard.price(gaps(rows)).axes[0].get_yticklabels()]
+    assert labels == ["dense", "unstructured 50%", "2:4"]
