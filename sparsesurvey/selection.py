@@ -23,8 +23,8 @@ from sparsesurvey import measure
 from sparsesurvey.benchmark import DTYPES, Book, cpu_threads
 from sparsesurvey.figures import by_machine, colour, empty
 from sparsesurvey.measure import Machine, Measurement, Timing
-from sparsesurvey.roofline import Roofline
 from sparsesurvey.packing import tiles
+from sparsesurvey.roofline import Roofline
 from sparsesurvey.structure import Pattern, Shape, Structure, Unavailable, check_int
 from sparsesurvey.tables import measured, unnumbered
 
