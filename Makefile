@@ -1,5 +1,6 @@
 # make book   create the environment, execute every chapter, build _build/html/index.html
 # make test   run the tests             make lab    open JupyterLab on the notebooks
+# make gpu    record what a GPU can do with the kernels, in MINUTES=9; run it again to go on
 # make clean  delete _build (with the rows measured here)       make distclean  also the environment and npm's files
 #
 # make book DEVICE=cuda PRESET=full THREADS=2 JOBS=1 TIMEOUT=36000     passed on to the chapters and their execution
@@ -12,6 +13,7 @@ PRESET  ?= default
 THREADS ?= 1
 JOBS    ?=
 TIMEOUT ?=
+MINUTES ?= 9
 
 comma   := ,
 EXTRAS  ?= book,test$(if $(filter cuda%,$(DEVICE)),$(comma)gpu)
@@ -20,7 +22,7 @@ READY   := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 VENDOR  := book/_assets/vendor
 WIDGETS := node_modules/@jupyter-widgets/html-manager/dist
 
-.PHONY: book test lab clean distclean
+.PHONY: book test lab gpu clean distclean
 .DELETE_ON_ERROR:
 
 book: $(READY) $(VENDOR)/.complete
@@ -32,6 +34,11 @@ test: $(READY)
 
 lab: $(READY)
 	SPARSESURVEY_ROWS=$(CURDIR)/_build/rows SPARSESURVEY_RUNS=$(CURDIR)/_build/runs $(BIN)/jupyter lab notebooks
+
+# Needs Python, torch, triton and cupy alone: with PYTHON=… they are those of that interpreter, and nothing is installed.
+gpu:
+	$(PYTHON) -m sparsesurvey.campaign --minutes $(MINUTES) --device $(if $(filter cuda%,$(DEVICE)),$(DEVICE),cuda) \
+		--record sparsesurvey/recorded
 
 clean:
 	rm -rf _build

@@ -318,6 +318,8 @@ def relative_error(name: str, result: Tensor, right: Tensor, dtype: torch.dtype,
     """Largest difference from ``right`` over its largest entry; WrongProduct if that is above ``most``, or not this kind."""
     if result.shape != right.shape or result.dtype != dtype:
         raise WrongProduct(f"kernel {name} gave {result.dtype} {tuple(result.shape)}, not {dtype} {tuple(right.shape)}")
+    if not right.numel():
+        return 0.0
     scale = float(right.abs().max()) or 1.0
     error = float((result.double() - right).abs().max()) / scale
     if not error <= most:

@@ -5,6 +5,7 @@ import platform
 import re
 import subprocess
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -120,6 +121,7 @@ def _memory() -> int:
         return 0
 
 
+@lru_cache(maxsize=1)
 def _driver() -> str:
     try:
         found = re.search(r"Module\s+(?:for \S+\s+)?(\d+(?:\.\d+)+)", Path("/proc/driver/nvidia/version").read_text())
@@ -140,8 +142,9 @@ def _version(*names: str) -> str:
     return ""
 
 
+@lru_cache(maxsize=1)
 def _commit() -> str:
-    """Commit of the checkout that the library is run from, or "" where it was installed without one."""
+    """Commit of the checkout that the library is run from when this is first asked, or "" where it was installed without one."""
     # A package inside somebody else's checkout (a virtual environment in a repository) is not tracked by it.
     if not _output("git", "ls-files", "__init__.py"):
         return ""

@@ -46,7 +46,7 @@ def energy(run: Callable[[], object], device: torch.device, seconds: float = 1.0
     run()
     torch.cuda.synchronize(device)
     before, start, calls = spent(device), perf_counter(), 0
-    while perf_counter() - start < seconds:
+    while not calls or perf_counter() - start < seconds:
         for _ in range(BATCH):
             run()
         calls += BATCH
