@@ -1,15 +1,13 @@
 """Calibration: what each linear layer of a model saw, gathered by hooks while the whole model runs.
 
-Decoder layers are never called by hand: what the model hands them (rotary embeddings, masks, caches) changes with every
-release of transformers, and is the model's own affair. ``calibrate`` is one pass. ``layer_by_layer`` lets later layers see
+``calibrate`` is one pass. ``layer_by_layer`` lets later layers see
 what pruned earlier ones give: it runs the model up to the decoder block in question, and the blocks before it, which are
 done, only return what they returned last time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from sparsesurvey.forwards import BlockGradients, Gradients, LossGradients, Replay, block_list, last_block, places_of, ready, run
 from sparsesurvey.linear import MLP
 from sparsesurvey.structure import check_int, describe
 
@@ -73,7 +72,7 @@ def inputs_of(x: Tensor, want: Sequence[str] = ("square",), dtype: torch.dtype =
 
 
 def calibrate(model: nn.Module, batches: Iterable[Tensor], modules: Iterable[str] = MLP, want: Sequence[str] = ("square",),
-              dtype: torch.dtype = torch.float32, dead: str = "refuse", progress: bool = True) -> dict[str, Inputs]:
+              dtype: torch.dtype = torch.float32, dead: str = "refuse", region: str = "block", progress: bool = True) -> dict[str, Inputs]:
     """What the linear layers named in ``modules`` saw while ``model`` ran over ``batches``, by their full names.
 
     One pass, without autograd except for ``gradient``; the head does not run where nothing behind the last decoder block is
@@ -85,6 +84,7 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], modules: Iterable[str
         want: any of ``WANT``; the squares always come along.
         dtype: what is summed in, float32 or float64.
         dead: "refuse" an input channel that is zero on all tokens, or "keep" it with its zeros.
+        region: what ``gradient`` is of: "block", the norm of what the decoder block gives, or "model", the model's loss.
 
     Raises:
         ValueError: no such layer; batches that are no token ids, or too few (``LEAST`` tokens; for a gram as many as the
@@ -93,11 +93,13 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], modules: Iterable[str
     """
     layers, batches = linear_layers(model, modules), _check_batches(batches)
     _check_possible(model, layers, want, dtype, dead, batches)
-    watch = _Watch(model, layers, want, dtype, batches)
-    last = _last_block(model, layers)
-    with _ready(model), watch:
+    if region not in ("block", "model"):
+        raise ValueError(f"region must be 'block' or 'model', got {region!r}")
+    gradients = LossGradients(layers) if region == "model" and "gradient" in want else None
+    watch, last = _Watch(model, layers, want, dtype, batches, gradients), last_block(model, layers)
+    with ready(model), watch:
         for batch in tqdm(batches, desc="calibrate", unit="batch", disable=not progress):
-            _run(model, batch, last)
+            gradients.run(model, batch) if gradients else run(model, batch, last)
     return {name: watch.inputs(name, dead) for name in layers}
 
 
@@ -124,17 +126,17 @@ def layer_by_layer(model: nn.Module, batches: Iterable[Tensor], visit: Callable[
     strange = set(done) - set(layers)
     if strange:
         raise ValueError(f"done must name layers of the model, got {', '.join(sorted(map(str, strange)))}")
-    blocks = _block_list(model, layers)
-    places = {name: place for name, (place, _) in _blocks(model, layers).items()}
+    blocks = block_list(model, layers)
+    places = {name: place for name, (place, _) in places_of(model, layers).items()}
     _check_possible(model, layers, want, dtype, dead, batches)  # what is wrong is wrong before anything is changed
     stages = _stages([name for name in layers if name not in done], places, step)
-    replay = _Replay(blocks, len(batches))
+    replay = Replay(blocks, len(batches))
     for place, names in tqdm(stages, desc="layer by layer", unit="block" if step == "block" else "layer", disable=not progress):
         watch = _Watch(model, {name: layers[name] for name in names}, want, dtype, batches)
-        with _ready(model), watch, replay.up_to(place):
+        with ready(model), watch, replay.up_to(place):
             for number, batch in enumerate(batches):
                 replay.number = number
-                _run(model, batch, blocks[place])
+                run(model, batch, blocks[place])
         replay.advance(place)
         for name in names:
             visit(name, layers[name], watch.inputs(name, dead))
@@ -148,10 +150,6 @@ def linear_layers(model: nn.Module, modules: Iterable[str] = MLP) -> dict[str, n
     if not chosen:
         raise ValueError(f"model must have linear layers named {', '.join(modules)}, got a {type(model).__name__} with none")
     return chosen
-
-
-class _Stop(Exception):
-    """Raised by a hook when the model has run as far as it is needed."""
 
 
 class _Sums:
@@ -199,28 +197,27 @@ class _Watch:
     """The hooks on some layers, and what they gather. A context: the hooks are gone when it ends."""
 
     def __init__(self, model: nn.Module, layers: dict[str, nn.Linear], want: Sequence[str], dtype: torch.dtype,
-                 batches: list[Tensor]) -> None:
+                 batches: list[Tensor], gradients: Gradients | None = None) -> None:
         self.want, self.dtype, self.layers = tuple(want), dtype, layers
         self.total, self.sequences = sum(batch.numel() for batch in batches), sum(map(len, batches))
         self.sums: dict[str, _Sums] = {}
         self.fed: dict[str, Tensor] = {}  # by the name of a down_proj: sum of squares of its input
         self.feeds = _feeds(model, layers) if "output_square" in self.want else {}
         self.downs = {name: model.get_submodule(name) for name in self.feeds.values()}
-        self.regional = _Regional(model, layers) if "gradient" in self.want else None
+        self.gradients = gradients or (BlockGradients(model, layers) if "gradient" in self.want else None)
         self.latest: tuple[object, _Sums] | None = None
 
     def __enter__(self) -> None:
         self.hooks = [layer.register_forward_pre_hook(self._see(name)) for name, layer in self.layers.items()]
         self.hooks += [down.register_forward_pre_hook(self._feed(name)) for name, down in self.downs.items()]
-        if self.regional:
-            self.hooks += self.regional.hooks()
+        self.hooks += self.gradients.hooks() if self.gradients else []
 
     def __exit__(self, *_: object) -> None:
         self.latest = None
         for hook in self.hooks:
             hook.remove()
-        if self.regional:
-            self.regional.close()
+        if self.gradients:
+            self.gradients.close()
 
     def _see(self, name: str) -> Callable:
         def hook(layer: nn.Linear, args: tuple) -> None:
@@ -250,141 +247,9 @@ class _Watch:
         found.sequences = self.sequences
         if name in self.feeds:
             found.output_square = self.fed[self.feeds[name]]
-        if self.regional:
-            found.gradient = self.regional.rms(name, self.sequences)
+        if self.gradients:
+            found.gradient = self.gradients.rms(name, self.sequences)
         return _check_found(name, found, dead)
-
-
-class _Regional:
-    """Gradients local to decoder blocks (Wanda++): each block starts a graph of its own and ends it by its output's norm."""
-
-    def __init__(self, model: nn.Module, layers: dict[str, nn.Linear]) -> None:
-        self.layers, self.places = layers, {name: place for name, (place, _) in _blocks(model, layers).items()}
-        self.blocks = _block_list(model, layers)
-        self.sums = {name: torch.zeros_like(layer.weight, dtype=torch.float32) for name, layer in layers.items()}
-
-    def hooks(self) -> list:
-        self.frozen = [layer for layer in self.layers.values() if not layer.weight.requires_grad]
-        for layer in self.frozen:
-            layer.weight.requires_grad_(True)
-        made = []
-        for place in set(self.places.values()):
-            made.append(self.blocks[place].register_forward_pre_hook(lambda *_: torch.set_grad_enabled(True) and None))
-            made.append(self.blocks[place].register_forward_hook(self._end(place)))
-        return made
-
-    def _end(self, place: int) -> Callable:
-        names = [name for name, where in self.places.items() if where == place]
-        weights = [self.layers[name].weight for name in names]
-
-        def hook(block: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
-            hidden = output if isinstance(output, Tensor) else output[0]
-            for number, sequence in enumerate(hidden):
-                gradients = torch.autograd.grad(sequence.float().norm(), weights, retain_graph=number + 1 < len(hidden))
-                for name, gradient in zip(names, gradients):
-                    self.sums[name] += gradient.float().square()
-            torch.set_grad_enabled(False)
-            return hidden.detach() if isinstance(output, Tensor) else (hidden.detach(), *output[1:])
-
-        return hook
-
-    def rms(self, name: str, sequences: int) -> Tensor:
-        return (self.sums[name] / sequences).sqrt()
-
-    def close(self) -> None:
-        for layer in self.frozen:
-            layer.weight.requires_grad_(False)
-
-
-class _Replay:
-    """Blocks that are done return what they returned before, so that the model runs on from there."""
-
-    def __init__(self, blocks: nn.ModuleList, batches: int) -> None:
-        self.blocks, self.behind, self.number = blocks, -1, 0
-        self.held: list = [None] * batches
-        self.next: list = [None] * batches
-
-    @contextmanager
-    def up_to(self, place: int) -> Iterator[None]:
-        """Within, blocks up to ``behind`` are not computed, and what goes into block ``place`` is held for the next time."""
-        skipped = list(self.blocks)[: self.behind + 1]
-        own = [vars(block).get("forward") for block in skipped]  # some wrappers of models set one
-        for block in skipped:
-            block.forward = lambda *args, **options: self.held[self.number]
-        keep = place > self.behind + 1
-        hook = self.blocks[place - 1].register_forward_hook(self._hold) if keep else None
-        try:
-            yield
-        finally:
-            for block, forward in zip(skipped, own):
-                vars(block).pop("forward")
-                if forward is not None:
-                    block.forward = forward
-            if hook:
-                hook.remove()
-
-    def _hold(self, block: nn.Module, args: tuple, output: object) -> None:
-        self.next[self.number] = output
-
-    def advance(self, place: int) -> None:
-        if place > self.behind + 1:
-            self.held, self.next, self.behind = self.next, [None] * len(self.held), place - 1
-
-
-def _run(model: nn.Module, batch: Tensor, last: nn.Module | None) -> None:
-    """The whole model on one batch, as far as the block ``last``."""
-    def stop(*_: object) -> None:
-        raise _Stop
-
-    hook = last.register_forward_hook(stop) if last is not None else None
-    try:
-        options = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
-        model(batch.to(next(model.parameters()).device), **options)
-    except _Stop:
-        pass
-    finally:
-        if hook:
-            hook.remove()
-
-
-@contextmanager
-def _ready(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no autograd; afterwards everything is as before."""
-    modes = {part: part.training for part in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
-
-
-def _blocks(model: nn.Module, layers: Iterable[str]) -> dict[str, tuple[int, str]]:
-    """For each layer inside of a ModuleList, the outermost one: its place in the list, and the list's name."""
-    found = {}
-    for name in layers:
-        parts = name.split(".")
-        for depth in range(1, len(parts)):
-            if isinstance(model.get_submodule(".".join(parts[:depth])), nn.ModuleList):
-                found[name] = int(parts[depth]), ".".join(parts[:depth])
-                break
-    return found
-
-
-def _block_list(model: nn.Module, layers: dict[str, nn.Linear]) -> nn.ModuleList:
-    found = _blocks(model, layers)
-    names = {name for _, name in found.values()}
-    if len(found) < len(layers) or len(names) != 1:
-        raise ValueError(f"model must hold its layers in one ModuleList of decoder blocks, got a {type(model).__name__}")
-    return model.get_submodule(names.pop())
-
-
-def _last_block(model: nn.Module, layers: dict[str, nn.Linear]) -> nn.Module | None:
-    """The block behind which none of the layers lies; None where they are not all in blocks of one list."""
-    found = _blocks(model, layers)
-    one_list = len(found) == len(layers) and len({name for _, name in found.values()}) == 1
-    return _block_list(model, layers)[max(place for place, _ in found.values())] if one_list else None
 
 
 def _stages(names: list[str], places: dict[str, int], step: str) -> list[tuple[int, list[str]]]:
@@ -434,7 +299,7 @@ def _check_possible(model: nn.Module, layers: dict[str, nn.Linear], want: Sequen
     if "output_square" in want and not _feeds(model, layers):
         raise ValueError(f"model must have a gated MLP for want='output_square': gate_proj and up_proj beside {INTO}")
     if "gradient" in want:
-        _block_list(model, layers)
+        block_list(model, layers)
     tokens = sum(batch.numel() for batch in batches)
     for name, layer in layers.items():
         least = max(LEAST, layer.in_features) if "gram" in want else LEAST
