@@ -5,11 +5,8 @@ import torch
 
 from sparsesurvey.kernels.launch import SHARED
 from sparsesurvey.structure import Unavailable
+from sparsesurvey.structures import TVW, VNM, HiNM, TileWise, VectorNM
 from sparsesurvey.structures.block import Panel
-from sparsesurvey.structures.hinm import HiNM
-from sparsesurvey.structures.tilewise import TVW, TileWise
-from sparsesurvey.structures.vector import VectorNM
-from sparsesurvey.structures.vnm import VNM
 from test_kernels_block import TRITON, interpreted
 
 
@@ -84,8 +81,7 @@ def test_stack_by_hand():
 
 
 def test_feature_major_takes_what_it_can():
-    pytest.importorskip("triton", reason=TRITON)
-    from sparsesurvey.kernels.panel import feature_major
+    from sparsesurvey.kernels.features import feature_major
 
     whole = torch.arange(96.0).view(2, 48)
     rows, taken = feature_major(whole[:, :32].T)  # 32 tokens of 2 features, in rows of 48

@@ -15,13 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsesurvey.kernels.block import aligned, split
-from sparsesurvey.kernels.launch import bucket, divides_by_16_bytes, interpreting, processors, require
+from sparsesurvey.kernels.features import feature_major
+from sparsesurvey.kernels.launch import bucket, interpreting, processors, require
 from sparsesurvey.structure import Plan, Shape, Unavailable, check_activations, check_pair
 
 LOW, WIDE = 16, 128  # the fewest and the most outputs of one instruction tile
 DEEP = 64  # inputs that are summed in one step; panels are filled up to a multiple
 LONG = 512  # inputs on average from which the weight gradient takes twice as many at a time
-ROUND = 16  # tokens to a multiple of which feature-major rows are filled up: Triton then knows them to be aligned
 
 
 class Panel(Protocol):
@@ -178,17 +178,6 @@ def require_panels(like: Tensor, height: int) -> None:
     if height < LOW:
         raise Unavailable(f"needs panels of at least {LOW} outputs that share their inputs, got {height}")
     require(like)
-
-
-def feature_major(x: Tensor) -> tuple[Tensor, bool]:
-    """``x`` ``[tokens, in]`` as aligned rows ``[in, tokens filled up with zeros]``, and whether it was that already."""
-    if x.stride(0) == 1 and not (len(x) % ROUND or x.stride(1) % ROUND or x.data_ptr() % 16 or x.stride(1) < len(x)):
-        return x.T, True
-    tokens = -(-len(x) // ROUND) * ROUND
-    rows = x.new_empty(x.shape[1], tokens)
-    rows[:, : len(x)].copy_(x.T)
-    rows[:, len(x):].zero_()
-    return rows, False
 
 
 def cut(width: int) -> tuple[int, int]:

@@ -228,7 +228,7 @@ class VNM(Pattern):
         order = places.flatten()
         return lambda dy, x: run(dy, x).flatten().index_select(0, order).view(packed.values.shape)
 
-    # On a GPU dense tensor cores do the same (kernels/panel.py).
+    # On a GPU dense tensor cores do the same (kernels/panel.py), and sparse ones leave out the zeros too (kernels/mma_sp.py).
 
     def panels(self, packed: PackedVNM) -> tuple[list[Panel], Shape, Tensor]:
         """The kept columns as panels of v outputs: what a plan needs."""
@@ -244,6 +244,21 @@ class VNM(Pattern):
     def sddmm_triton(self, packed: PackedVNM) -> Plan:
         order, run = self.places(packed).flatten(), panel_code().sample_plan(*self.panels(packed))
         return lambda dy, x: run(dy, x).flatten().index_select(0, order).view(packed.values.shape)
+
+    def spmm_cuda(self, packed: PackedVNM) -> Plan:
+        from sparsesurvey.kernels import mma_sp
+
+        positions = self.positions(packed)
+        mma_sp.require(packed.values, self.n, self.v)
+        return mma_sp.product_plan(mma_sp.arrange(*self.quads(packed, positions), packed.shape))
+
+    def quads(self, packed: PackedVNM, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The tiles as ``mma_sp.arrange`` takes them: values and positions ``[tiles, v, n]``, inputs, tiles a panel."""
+        panels, groups, _ = packed.columns.shape
+        by_tile = lambda part: part.unflatten(0, (panels, self.v)).transpose(1, 2).flatten(0, 1)
+        first = torch.arange(groups, device=positions.device) * self.m
+        columns = (packed.columns.long() + first[:, None]).flatten(0, 1)
+        return by_tile(packed.values), by_tile(positions), columns, torch.full((panels,), groups)
 
 
 def top_of_few(entries: tuple[Tensor, ...], keep: int) -> Tensor:

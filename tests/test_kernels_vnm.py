@@ -1,0 +1,195 @@
+"""The CUDA kernel for panels with 2:4 inside, without a GPU: its layout, its source run on a CPU, its machine code."""
+
+import ctypes
+import shutil
+import subprocess
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsesurvey.kernels import cuda, mma_sp
+from sparsesurvey.kernels.features import feature_major
+from sparsesurvey.kernels.launch import SHARED
+from sparsesurvey.structure import Unavailable
+from sparsesurvey.structures import NM, VNM
+
+HERE = Path(__file__).parent
+SOURCES = Path(cuda.__file__).parent
+
+
+def draw(*size: int, dtype=torch.bfloat16, seed: int = 0) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def operand(structure: VNM, shape: tuple[int, int], dtype=torch.bfloat16) -> tuple[mma_sp.Operand, Tensor]:
+    """A random member as the kernel wants it, and as a matrix."""
+    packed = structure.pack(structure.project(draw(*shape, dtype=dtype)))
+    arranged = mma_sp.arrange(*structure.quads(packed, structure.positions(packed)), packed.shape)
+    return arranged, structure.unpack(packed)
+
+
+# ---- the layout
+
+
+def instruction_operand(weights: Tensor, words: Tensor, selector: int) -> Tensor:
+    """The matrix ``[16, 32]`` that an mma.sp multiplies, from the values ``[32, 8]`` and words ``[32]`` of its threads.
+
+    Loops over rows, quads and values, as the PTX ISA tells where they are: slow and nothing shared with the layout's code.
+    """
+    matrix = torch.zeros(16, 32, dtype=torch.float64)
+    for row in range(16):
+        for quad in range(8):
+            word = int(words[row % 8 * 4 + 2 * selector + quad // 4]) & 0xFFFFFFFF
+            code = word >> (16 * (row // 8) + 4 * (quad % 4)) & 15
+            assert code & 3 < code >> 2, "positions must rise"
+            for which in range(2):
+                register = quad // 4 * 2 + row // 8
+                matrix[row, 4 * quad + (code >> 2 * which & 3)] += weights[row % 8 * 4 + quad % 4, 2 * register + which].double()
+    return matrix
+
+
+def multiplied(arranged: mma_sp.Operand, x: Tensor) -> Tensor:
+    """``x @ W.T`` in float64 by the kernel's data path: steps of 64 gathered inputs, two instructions each."""
+    panels = len(arranged.pointers) - 1
+    height = arranged.shape[0] // panels
+    y = torch.zeros(arranged.shape[0], len(x), dtype=torch.float64)
+    for panel in range(panels):
+        for step in range(arranged.pointers[panel], arranged.pointers[panel + 1]):
+            gathered = x.T[arranged.columns[step].long()].double()
+            for block in range(height // 16):
+                rows = slice(panel * height + 16 * block, panel * height + 16 * block + 16)
+                for half in range(2):
+                    left = instruction_operand(arranged.weights[step, block, half], arranged.positions[step, block], half)
+                    y[rows] += left @ gathered[32 * half : 32 * half + 32]
+    return y.T
+
+
+@pytest.mark.parametrize("structure, shape", [
+    (VNM(16, 2, 8), (32, 128)), (VNM(32, 2, 5), (32, 40)), (VNM(16, 1, 4), (32, 72)), (VNM(48, 2, 4), (48, 64)), (VNM(16, 1, 16), (16, 272)),
+], ids=str)
+def test_the_data_path_equals_the_dense_product(structure, shape):
+    arranged, weight = operand(structure, shape)
+    x = draw(5, shape[1], seed=1)
+    assert torch.equal(multiplied(arranged, x), x.double() @ weight.double().T) or torch.allclose(
+        multiplied(arranged, x), x.double() @ weight.double().T, rtol=0, atol=1e-12)
+
+
+def test_sums_over_whole_numbers_are_exact():
+    """Nothing is rounded here, so that one wrong position or value would show."""
+    structure = VNM(32, 2, 8)
+    weight = structure.project(torch.arange(1, 64 * 160 + 1).remainder(251).view(64, 160).to(torch.bfloat16))
+    packed = structure.pack(weight)
+    arranged = mma_sp.arrange(*structure.quads(packed, structure.positions(packed)), packed.shape)
+    assert torch.equal(multiplied(arranged, torch.eye(160, dtype=torch.bfloat16)), weight.double().T)
+    assert arranged.weights.shape == (4, 2, 2, 32, 8)  # 20 tiles a panel are two steps, the second one padded
+    assert arranged.columns[1, 16:].unique().tolist() == [int(packed.columns[0, -1, -1]) + 152]
+
+
+def test_positions_equal_those_of_torch():
+    """Torch's own code for the same instruction, before it is put in the order of CUTLASS, for 2:4."""
+    conversions = pytest.importorskip("torch.sparse._semi_structured_conversions")
+    weight = NM(2, 4).project(draw(64, 128, dtype=torch.float16))
+    values, reordered = conversions.sparse_semi_structured_from_dense_cutlass(weight)
+    offsets = conversions._calculate_meta_reordering_scatter_offsets(64, reordered.shape[1], torch.int16, "cpu")
+    theirs = reordered.view(-1)[offsets].view(64, -1)  # four quads each
+    structure = VNM(64, 2, 4)
+    packed = structure.pack(weight)
+    arranged = mma_sp.arrange(*structure.quads(packed, structure.positions(packed)), packed.shape)
+    for step in range(2):
+        for block in range(4):
+            lanes = arranged.positions[step, block].view(8, 4)  # g, which four quads
+            halves = theirs[16 * block : 16 * block + 16, 4 * step : 4 * step + 4].int() & 0xFFFF
+            assert torch.equal(lanes & 0xFFFF, halves[:8]) and torch.equal(lanes >> 16 & 0xFFFF, halves[8:])
+    assert torch.equal(packed.values.flatten(1), values)
+    words = reordered.contiguous().view(-1).view(torch.int32)  # and the words are those that CUTLASS stores
+    assert torch.equal(words.sort().values, arranged.positions.flatten().sort().values)
+
+
+def test_one_of_four_becomes_two_of_four():
+    values, positions = mma_sp.two_of_four(torch.tensor([[5.0], [6.0]]), torch.tensor([[1], [3]]))
+    assert values.tolist() == [[5, 0], [0, 6]] and positions.tolist() == [[1, 3], [2, 3]]
+
+
+def test_what_cannot_run_says_what_it_needs():
+    for structure, dtype, reason in (
+        (VNM(64, 2, 8), torch.bfloat16, "needs a CUDA device, got an operand on cpu"),
+        (VNM(64, 2, 8), torch.float32, "needs bfloat16 or float16, got torch.float32"),
+        (VNM(64, 3, 8), torch.bfloat16, "needs at most 2 of every 4 columns, got 3"),
+        (VNM(8, 2, 8), torch.bfloat16, "needs panels of a multiple of 16 outputs, got 8"),
+    ):
+        packed = structure.pack(torch.zeros(64, 64, dtype=dtype))
+        with pytest.raises(Unavailable, match=reason):
+            structure.spmm_cuda(packed)
+
+
+def test_tiles():
+    assert mma_sp.tile(128, 8192, 32, 132) == {"WM": 2, "WN": 2, "MF": 4, "NF": 8}
+    assert mma_sp.tile(64, 16, 32, 132) == {"WM": 4, "WN": 1, "MF": 1, "NF": 4}
+    assert mma_sp.tile(48, 8192, 32, 132) == mma_sp.tile(16, 8192, 96, 132)
+    for outputs, made in [*mma_sp.WIDE.items(), *mma_sp.NARROW.items()]:
+        tile = dict(zip(("WM", "WN", "MF", "NF"), made))
+        rows, tokens, threads, shared = mma_sp.sizes(tile, mma_sp.STAGES)
+        assert rows == outputs and shared <= 163_840, "an A100 has 160 KiB"
+        lanes = min(8, tokens // 8)  # what mma_sp.cu takes for granted
+        assert 64 * lanes % threads == 0 and tokens % (8 * lanes) == 0 and 2 * max(tokens * (rows + 8), rows * (tokens + 8)) <= shared
+
+
+# ---- the source, on a CPU
+
+
+@lru_cache
+def library(folder: Path, definitions: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
+    path = folder / ("_".join(f"{name}{value}" for name, value in definitions) + ".so")
+    command = ["g++", "-O1", "-std=c++20", "-shared", "-fPIC", "-Wno-unknown-pragmas", f"-I{SOURCES}", f"-I{HERE}", '-DEMULATED="emulated.h"',
+               *cuda.options(dict(definitions))[1:], str(HERE / "emulated_mma_sp.cpp"), "-o", str(path)]
+    subprocess.run(command, check=True)
+    return ctypes.CDLL(str(path))
+
+
+def emulated(folder: Path, arranged: mma_sp.Operand, x: Tensor, tile: mma_sp.Tile, stages: int, late: bool) -> Tensor:
+    """What the kernel writes, with guards around it, when its threads are run one after the other."""
+    weights, positions, columns, pointers, (out, _) = arranged
+    panels = len(pointers) - 1
+    height = out // panels
+    rows, features = feature_major(x)
+    guard = torch.full((out * len(x) + 128,), -77.0, dtype=x.dtype)
+    y = guard[64:-64].view(out, len(x)).T if features else guard[64:-64].view(len(x), out)
+    outputs, tokens, _, shared = mma_sp.sizes(tile, stages)
+    programs = -(-len(x) // tokens) * panels * (height // outputs)
+    definitions = {**tile, "STAGES": stages, "BFLOAT": mma_sp.DTYPES[x.dtype], "FEATURES": int(features)}
+    parts = [weights.contiguous(), positions.contiguous(), columns, pointers, rows, y]
+    arrays = (ctypes.c_void_p * 6)(*(part.data_ptr() for part in parts))
+    sizes = (ctypes.c_longlong * 6)(*(part.untyped_storage().nbytes() for part in parts))
+    numbers = (ctypes.c_longlong * 6)(len(x), rows.shape[1], panels, height, rows.stride(0), max(y.stride()))
+    library(folder, tuple(sorted(definitions.items()))).launch(programs, shared, int(late), arrays, sizes, numbers)
+    assert (guard[:64] == -77).all() and (guard[-64:] == -77).all(), "written outside of y"
+    return y
+
+
+@pytest.mark.parametrize("structure, shape, tokens, wide, stages, dtype", [
+    (VNM(16, 2, 8), (48, 264), 13, False, 4, torch.bfloat16),  # three steps, the last one padded; few tokens
+    (VNM(32, 2, 16), (32, 1600), 40, False, 3, torch.float16),  # seven steps; two strips of tokens, the second one short
+    (VNM(64, 2, 8), (128, 128), 300, True, 4, torch.bfloat16),  # one step, fewer than stages; two strips of 256 tokens
+    (VNM(256, 2, 4), (256, 192), 48, True, 2, torch.bfloat16),  # panels in two pieces; three steps in two stages
+    (VNM(128, 1, 8), (128, 640), 17, False, 4, torch.float16),
+    (VNM(32, 2, 5), (64, 400), 33, True, 4, torch.float16),
+    (VNM(48, 2, 8), (48, 136), 20, True, 4, torch.bfloat16),
+], ids=str)
+def test_the_source_run_on_a_cpu_equals_float64(tmp_path_factory, structure, shape, tokens, wide, stages, dtype):
+    """Every thread of it, with copies as early and as late as they may be, row-major and feature-major."""
+    if not shutil.which("g++"):
+        pytest.skip("needs g++")
+    folder = tmp_path_factory.getbasetemp()
+    arranged, weight = operand(structure, shape, dtype)
+    kind = mma_sp.WIDE if wide else mma_sp.NARROW
+    tile = dict(zip(("WM", "WN", "MF", "NF"), kind[next(size for size in kind if structure.v % size == 0)]))
+    for late, features in ((False, False), (True, False), (True, True)):
+        x = draw(-(-tokens // 16) * 16 if features else tokens, shape[1], dtype=dtype, seed=1)
+        x = x.T.contiguous().T if features else x
+        want = x.double() @ weight.double().T
+        got = emulated(folder, arranged, x, tile, stages, late)
+        error = (got.double() - want).abs().max() / want.abs().max()
+        assert error < torch.finfo(dtype).eps, (late, features, float(error))
