@@ -71,6 +71,21 @@ def inputs_of(x: Tensor, want: Sequence[str] = ("square",), dtype: torch.dtype =
     return sums.inputs()
 
 
+def correlated_inputs(tokens: int = 2048, channels: int = 256, outliers: int = 4, scale: float = 13.0, sigma: float = 0.5,
+                      seed: int = 0) -> Tensor:
+    """Made-up activations ``[tokens, channels]``: mixed normal numbers, channels of log-normal scale, some far larger.
+
+    ``sigma`` is that of the scales' logarithm; an outlier channel has the standard deviation ``scale``. As the inputs of
+    LLaMA's layers are described, and as the layer-wise comparison of the scores uses them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.eye(channels) + torch.randn(channels, channels, generator=generator) / channels**0.5
+    x = torch.randn(tokens, channels, generator=generator) @ mixing
+    sizes = (sigma * torch.randn(channels, generator=generator)).exp()
+    sizes[torch.randperm(channels, generator=generator)[:outliers]] = scale
+    return x / x.std(0) * sizes
+
+
 def calibrate(model: nn.Module, batches: Iterable[Tensor], modules: Iterable[str] = MLP, want: Sequence[str] = ("square",),
               dtype: torch.dtype = torch.float32, dead: str = "refuse", region: str = "block", progress: bool = True) -> dict[str, Inputs]:
     """What the linear layers named in ``modules`` saw while ``model`` ran over ``batches``, by their full names.

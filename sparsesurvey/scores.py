@@ -49,7 +49,7 @@ def wanda(weight: Tensor, inputs: Inputs) -> Tensor:
     Its square is the error that removing this weight alone adds to the layer's output, and, where the gram is diagonal, the
     saliency of optimal brain surgery. The paper compares within rows.
     """
-    return weight.abs() * _part("wanda", weight, inputs, "square", 1).sqrt()
+    return _part("wanda", weight, inputs, "square", 1).sqrt() * weight.abs()
 
 
 def wanda_share(weight: Tensor, inputs: Inputs) -> Tensor:
@@ -88,8 +88,8 @@ def dass(weight: Tensor, inputs: Inputs, power: float = 0.5) -> Tensor:
     """
     _check_number("power", power)
     if getattr(inputs, "output_square", None) is None:
-        return weight.abs() * _part("dass", weight, inputs, "square", 1).sqrt()
-    return weight.abs() * _part("dass", weight, inputs, "output_square", 0).sqrt().pow(power)[:, None]
+        return _part("dass", weight, inputs, "square", 1).sqrt() * weight.abs()
+    return _part("dass", weight, inputs, "output_square", 0).sqrt().pow(power)[:, None] * weight.abs()
 
 
 def e_sparse(weight: Tensor, inputs: Inputs, alpha: float = 1.0) -> Tensor:
@@ -124,7 +124,7 @@ def taylor(weight: Tensor, inputs: Inputs) -> Tensor:
     the block's output norm, with "model" that of the model's loss. Movement pruning (Sanh et al. 2020) sums the signed
     ``-W g`` while a model is fine-tuned; one shot has no such path, and this is what is left of it.
     """
-    return weight.abs() * _part("taylor", weight, inputs, "gradient", None)
+    return _part("taylor", weight, inputs, "gradient", None) * weight.abs()
 
 
 magnitude.want = ()
@@ -141,9 +141,9 @@ def _part(score: str, weight: Tensor, inputs: Inputs, name: str, axis: int | Non
     if part is None:
         raise ValueError(f"{score} needs inputs.{name}: calibrate first, with want=({name!r},)")
     shape = tuple(weight.shape) if axis is None else (weight.shape[axis],)
-    if not isinstance(part, Tensor) or part.shape != shape or part.device != weight.device:
-        raise ValueError(f"inputs.{name} must be {list(shape)} on {weight.device} for a weight {list(weight.shape)}, "
-                         f"got {describe(part)}")
+    if not isinstance(part, Tensor) or not part.is_floating_point() or part.shape != shape or part.device != weight.device:
+        raise ValueError(f"inputs.{name} must be floating point {list(shape)} on {weight.device} for a weight "
+                         f"{list(weight.shape)}, got {describe(part)}")
     if not part.isfinite().all() or (part < 0).any():
         raise ValueError(f"inputs.{name} must be finite and not negative")
     return part
