@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from time import monotonic
@@ -61,17 +62,19 @@ def worth(structure: Structure) -> bool:
     return bool(words & {*OURS, *SPARSE}) or isinstance(structure, Unstructured)
 
 
-def at_density(density: float, shape: Shape) -> Iterator[Structure]:
+@lru_cache(maxsize=None)
+def at_density(density: float, shape: Shape) -> tuple[Structure, ...]:
     """The structures that divide ``shape`` and store this share of it, within 3 %: high blocks, then all that are found."""
     found = [Block(side, side, density) for side in (128, 64)] + [Unstructured(density)]
     found += [item for kind in all_structures().values() for item in kind.variants() if not isinstance(item, (Dense, Unstructured))]
-    for item in dict.fromkeys(found):
-        try:
-            share = item.nnz(shape) / prod(shape)
-        except ValueError:
-            continue
-        if abs(share - density) <= 0.03 * density and worth(item):
-            yield item
+    return tuple(item for item in dict.fromkeys(found) if worth(item) and stores(item, density, shape))
+
+
+def stores(structure: Structure, density: float, shape: Shape) -> bool:
+    try:
+        return abs(structure.nnz(shape) / prod(shape) - density) <= 0.03 * density
+    except ValueError:
+        return False
 
 
 def cases() -> list[Case]:

@@ -13,6 +13,7 @@ SCALES = {  # unit: steps of (size, name), the largest that fits is taken
     "B/s": ((1e12, "TB/s"), (1e9, "GB/s"), (1e6, "MB/s"), (1.0, "B/s")),
     "FLOP/s": ((1e15, "PFLOP/s"), (1e12, "TFLOP/s"), (1e9, "GFLOP/s"), (1e6, "MFLOP/s"), (1.0, "FLOP/s")),
     "B": ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1.0, "B")),
+    "J": ((1.0, "J"), (1e-3, "mJ"), (1e-6, "uJ")),
     "fraction": ((0.01, "%"),),
     "x": ((1.0, "x"),),
     "1": ((1.0, ""),),
