@@ -9,8 +9,9 @@ import torch
 from sparsesurvey.pruning import channel_scaled, gaussian, kept
 from sparsesurvey.packing import tiles
 from sparsesurvey.structure import stored_bytes
-from sparsesurvey.structures import NM, TEW, TVW, Block, TileWise, Unstructured
-from sparsesurvey.structures.tilewise import NONE, cheapest_cuts, quad_numbers, ragged
+from sparsesurvey.structures import TEW, Block, TileWise, Unstructured
+from sparsesurvey.structures.tilewise import NONE, cheapest_cuts
+from sparsesurvey.tilesparsity import ragged
 
 
 def boolean(rows: list[str]) -> torch.Tensor:
@@ -62,23 +63,6 @@ def test_tew_holds_as_defined():
         inside = tiles(mask, 2, 1).sum((-2, -1)).flatten().tolist()
         least = min(sum(inside) - sum(chosen) for chosen in combinations(inside, pieces))
         assert structure.holds(mask) == (least <= single), mask
-
-
-def test_tvw_holds_as_defined():
-    """Random masks of 4 x 8 in tiles of two: the fewest quads by trying every way to cut a tile's inputs."""
-    def fewest(tile: torch.Tensor) -> int:
-        used = tile[:, tile.any(0)]
-        fits = lambda sizes: all(int(quad.sum(1).max()) <= 2 for quad in used.split(sizes, 1))
-        return min(len(sizes) for sizes in splits(used.shape[1], 4) if not sizes or fits(sizes))
-
-    structure, seen = TVW(2, 0.4), set()
-    generator = torch.Generator().manual_seed(0)
-    for share in (0.2, 0.35, 0.5) * 60:
-        mask = torch.rand(4, 8, generator=generator) < share
-        least = fewest(mask[:2]) + fewest(mask[2:])
-        assert structure.holds(mask) == (least <= structure.quads((4, 8)))
-        seen.add(structure.holds(mask))
-    assert structure.quads((4, 8)) == 3 and seen == {True, False}
 
 
 def test_cuts_are_the_cheapest():
@@ -151,24 +135,6 @@ def test_tew_greedy_against_the_best_of_all_choices():
     assert max(shares) <= 1 + 1e-6 and 0.95 < sum(shares) / len(shares)
 
 
-def test_tvw_greedy_against_the_best_of_all_choices():
-    """4 x 8 in tiles of two, three quads: one tile has one and the other two, which share its inputs in order."""
-    def one(tile: torch.Tensor) -> float:
-        size = min(4, tile.shape[1])
-        return max((float(tile[:, list(chosen)].topk(min(2, size)).values.sum())
-                    for chosen in combinations(range(tile.shape[1]), size)), default=0.0)
-
-    two = lambda tile: max(one(tile[:, :cut]) + one(tile[:, cut:]) for cut in range(1, 8))
-    structure, shares = TVW(2, 0.4), []
-    assert structure.quads((4, 8)) == 3
-    for seed in range(20):
-        scores = gaussian((4, 8), seed).abs()
-        upper, lower = scores.split(2)
-        best = max(one(upper) + two(lower), two(upper) + one(lower))
-        shares.append(float(scores[structure.mask(scores)].sum()) / best)
-    assert max(shares) <= 1 + 1e-6 and 0.95 < sum(shares) / len(shares)
-
-
 def test_energy_kept_of_gaussian_weights():
     """The catalogue's L05: block .517 < tile-wise .547 < vector-wise .693 < unstructured .928, at half density."""
     weight = gaussian((512, 512))
@@ -195,26 +161,6 @@ def test_tew_keeps_more_than_tilewise_at_the_same_density(density):
         energy = [kept(weight, structure.mask(weight.abs())).energy
                   for structure in (TileWise(128, density, rows=False), TEW(128, density, 0.01), TEW(128, density, 0.05))]
         assert energy[0] < energy[1] < energy[2]
-
-
-def test_tvw_is_two_four_after_compaction():
-    structure, weight = TVW(16, 0.25), gaussian((64, 64))
-    mask = structure.mask(weight.abs())
-    for tile in mask.split(16):
-        compact = tile[:, tile.any(0)]
-        assert compact.shape[1] % 4 == 0 and NM(2, 4).holds(compact)
-    assert not NM(2, 4).holds(mask), "before it, it is not"
-    assert TileWise(16, 0.5, rows=False).holds(mask)
-    outer = torch.stack([tile.any(0) for tile in mask.split(16)])
-    sums = tiles(weight.abs(), 16, 1).sum((-2, -1))
-    assert sums[outer].sum() / sums[TileWise(16, 0.5, rows=False).mask(weight.abs())[::16]].sum() > 0.99
-
-
-def test_quads_end_where_a_third_weight_would_follow():
-    mask = boolean(["xxx..xx.", "...x..x."]).unsqueeze(0)
-    assert quad_numbers(mask).tolist() == [[0, 0, 1, 1, -1, 1, 2, -1]]
-    plain = boolean(["xx..xx..", "..xx..xx"]).unsqueeze(0)
-    assert quad_numbers(plain).tolist() == [[0, 0, 0, 0, 1, 1, 1, 1]]
 
 
 # ---- the released code's selection
@@ -251,12 +197,9 @@ def test_bytes_by_hand():
     structure = TEW(128, 0.5, 0.05)  # 14,746 pieces, 209,715 single weights
     packed = structure.pack(structure.project(weight))
     assert stored_bytes(packed) == 14746 * (128 * 2 + 2) + 4 * 33 + 209715 * (2 + 2) + 4 * 4097
-    structure = TVW(128, 0.25)  # 4,096 quads of 128 x 2 values, 128 x 2 x 2 bits and 4 inputs
-    packed = structure.pack(structure.project(weight))
-    assert stored_bytes(packed) == 4096 * (128 * 2 * 2 + 64 + 4 * 2) + 4 * 33
 
 
-@pytest.mark.parametrize("structure", [TileWise(16, 0.3), TEW(16, 0.3, 0.05), TVW(16, 0.3)], ids=str)
+@pytest.mark.parametrize("structure", [TileWise(16, 0.3), TEW(16, 0.3, 0.05)], ids=str)
 def test_a_list_of_dense_products_is_the_masked_product(structure):
     weight = structure.project(gaussian((64, 48)).double())
     packed = structure.pack(weight)
@@ -290,7 +233,3 @@ def test_impossible_parameters():
         TileWise(128, 0.5, rows=1)
     with pytest.raises(ValueError, match="^delta must be below the density, 0.5, got 0.5"):
         TEW(128, 0.5, 0.5)
-    with pytest.raises(ValueError, match="^density must be at most 0.5"):
-        TVW(128, 0.51)
-    with pytest.raises(ValueError, match="in is a multiple of 4"):
-        TVW(16, 0.25).mask(torch.ones(16, 6))
