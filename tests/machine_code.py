@@ -1,8 +1,11 @@
 """Compile a Triton kernel for a GPU that is not there, and read what the assembler made of it."""
 
+import ctypes
 import os
 import re
+import shutil
 import subprocess
+import sysconfig
 import tempfile
 from functools import lru_cache
 from pathlib import Path
@@ -40,6 +43,40 @@ def compiled(kernel, signature: dict[str, str], constants: dict[str, object], ca
     source = ASTSource(fn=kernel, signature={name: types[name] for name in names}, constexprs=constants, attrs=round_ones)
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     return read(made.asm["cubin"], made.metadata.shared)
+
+
+def find_nvrtc() -> Path | None:
+    """The library that compiles CUDA, if a wheel has brought it (those of torch for GPUs do)."""
+    return next(iter(sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/**/libnvrtc.so.*"), reverse=True)), None)
+
+
+def can_compile_cuda() -> bool:
+    return bool(shutil.which("nvcc") or find_nvrtc())
+
+
+def cuda_compiled(source: Path, options: tuple[str, ...], shared: int, architecture: str = "sm_90a") -> Code:
+    """A CUDA file with one kernel, which is given ``shared`` bytes at its launch."""
+    if not shutil.which("nvcc"):
+        return read(by_nvrtc(source.read_bytes(), (*options, f"--gpu-architecture={architecture}")), shared)
+    target = scratch() / f"{source.stem}{abs(hash((options, architecture)))}.cubin"
+    subprocess.run(["nvcc", "-cubin", f"-arch={architecture}", *options, source, "-o", target], check=True, capture_output=True)
+    return read(target.read_bytes(), shared)
+
+
+def by_nvrtc(source: bytes, options: tuple[str, ...]) -> bytes:
+    nvrtc = ctypes.CDLL(str(find_nvrtc()))
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, b"kernel.cu", 0, None, None)
+    given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+    if nvrtc.nvrtcCompileProgram(program, len(options), given):
+        nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        log = ctypes.create_string_buffer(size.value)
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise RuntimeError(log.value.decode())
+    nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
+    cubin = ctypes.create_string_buffer(size.value)
+    nvrtc.nvrtcGetCUBIN(program, cubin)
+    return cubin.raw
 
 
 def read(cubin: bytes, shared: int) -> Code:

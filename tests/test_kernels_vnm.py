@@ -131,8 +131,10 @@ def test_tiles():
     assert mma_sp.tile(48, 8192, 32, 132) == mma_sp.tile(16, 8192, 96, 132)
     for outputs, made in [*mma_sp.WIDE.items(), *mma_sp.NARROW.items()]:
         tile = dict(zip(("WM", "WN", "MF", "NF"), made))
-        rows, tokens, threads, shared = mma_sp.sizes(tile, mma_sp.STAGES)
-        assert rows == outputs and shared <= 163_840, "an A100 has 160 KiB"
+        depth = mma_sp.stages(tile, SHARED)
+        rows, tokens, threads, shared = mma_sp.sizes(tile, depth)
+        assert rows == outputs and depth == (3 if tokens == 256 else 4) and 2 * shared <= SHARED
+        assert mma_sp.stages(tile, 166_912) >= 3 and mma_sp.sizes(tile, mma_sp.stages(tile, 101_376))[3] <= 101_376  # A100, RTX 4090
         lanes = min(8, tokens // 8)  # what mma_sp.cu takes for granted
         assert 64 * lanes % threads == 0 and tokens % (8 * lanes) == 0 and 2 * max(tokens * (rows + 8), rows * (tokens + 8)) <= shared
 
@@ -193,3 +195,38 @@ def test_the_source_run_on_a_cpu_equals_float64(tmp_path_factory, structure, sha
         got = emulated(folder, arranged, x, tile, stages, late)
         error = (got.double() - want).abs().max() / want.abs().max()
         assert error < torch.finfo(dtype).eps, (late, features, float(error))
+
+
+# ---- machine code
+
+
+def compiled(tile: mma_sp.Tile, architecture: str, bfloat: int = 1, features: int = 0):
+    pytest.importorskip("triton", reason="needs triton, whose tools read machine code")
+    from machine_code import can_compile_cuda, cuda_compiled
+
+    if not can_compile_cuda():
+        pytest.skip("needs nvcc or NVRTC")
+    depth = mma_sp.stages(tile, SHARED)
+    definitions, shared = {**tile, "STAGES": depth, "BFLOAT": bfloat, "FEATURES": features}, mma_sp.sizes(tile, depth)[3]
+    return cuda_compiled(SOURCES / "mma_sp.cu", cuda.options(definitions), shared, architecture)
+
+
+@pytest.mark.parametrize("outputs, wide, architecture", [
+    (128, True, "sm_80"), (64, True, "sm_80"), *((outputs, wide, "sm_90a") for outputs in (128, 64, 32, 16) for wide in (True, False)),
+])
+def test_machine_code(outputs, wide, architecture):
+    """Sparse tensor cores, nothing spilt, activations fetched in the background by 16 bytes and turned by ldmatrix."""
+    tile = dict(zip(("WM", "WN", "MF", "NF"), (mma_sp.WIDE if wide else mma_sp.NARROW)[outputs]))
+    made = compiled(tile, architecture)
+    assert made.count("HMMA.SP.16832.F32.BF16") == 2 * tile["MF"] * tile["NF"], "two instructions a step for each of the warp's tiles"
+    assert made.count("LDSM.16.MT88.4") == 2 * tile["NF"] and made.count("LDGSTS.E.BYPASS.128") >= 1
+    assert made.spilt == 0 and made.count("LDG.E.U16") == 0 and made.shared <= SHARED and made.count("STG.E.128") >= 1
+    threads = 32 * tile["WM"] * tile["WN"]
+    assert made.registers * threads * (2 if wide else 4) <= 65_536, "two wide blocks of threads share a processor, or four narrow ones"
+
+
+def test_machine_code_of_the_other_variants():
+    tile = dict(zip(("WM", "WN", "MF", "NF"), mma_sp.WIDE[64]))
+    for architecture in "sm_80", "sm_90a", "sm_100a":
+        made = compiled(tile, architecture, bfloat=0, features=1)
+        assert made.count("HMMA.SP.16832.F32") and not made.count("HMMA.SP.16832.F32.BF16") and made.spilt == 0

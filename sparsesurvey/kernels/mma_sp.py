@@ -18,7 +18,7 @@ from sparsesurvey.kernels.features import feature_major
 from sparsesurvey.structure import Plan, Shape, Unavailable, check_activations
 
 QUADS, DEEP = 16, 64  # quads and inputs of a step
-STAGES = 4
+STAGES = 3, 4  # of the pipeline: at least, and at most
 SPARE = 4  # the code of positions 0 and 1: what fills a step up has zeros there
 DTYPES = {torch.bfloat16: 1, torch.float16: 0}
 Tile = dict[str, int]
@@ -116,6 +116,12 @@ def sizes(tile: Tile, stages: int) -> tuple[int, int, int, int]:
     return outputs, tokens, 32 * tile["WM"] * tile["WN"], 2 * DEEP * (tokens + 8) * stages
 
 
+def stages(tile: Tile, most: int) -> int:
+    """As many as let two blocks of threads share the ``most`` bytes of a processor; at least three, if one may have them."""
+    each = sizes(tile, 1)[3]
+    return min(max(STAGES[0], most // 2 // each), STAGES[1], most // each)
+
+
 def product_plan(operand: Operand) -> Plan:
     """Plan of ``y = x @ W.T``; x and y as there: feature-major in, feature-major out."""
     weights, positions, columns, pointers, (out, inn) = operand
@@ -130,10 +136,10 @@ def product_plan(operand: Operand) -> Plan:
         rows, features = feature_major(x)
         y = x.new_empty(out, len(x)).T if features else x.new_empty(len(x), out)
         chosen = tile(height, len(x), panels, processors)
-        stages = min(STAGES, most // sizes(chosen, 1)[3])
-        outputs, tokens, threads, shared = sizes(chosen, stages)
+        depth = stages(chosen, most)
+        outputs, tokens, threads, shared = sizes(chosen, depth)
         programs = -(-len(x) // tokens) * panels * (height // outputs)
-        definitions = {**chosen, "STAGES": stages, "BFLOAT": DTYPES[x.dtype], "FEATURES": int(features)}
+        definitions = {**chosen, "STAGES": depth, "BFLOAT": DTYPES[x.dtype], "FEATURES": int(features)}
         cuda.launch("mma_sp.cu", "product", definitions, programs, threads, shared, x.device, weights, positions, columns,
                     pointers, rows, y, len(x), rows.shape[1], panels, height, rows.stride(0), max(y.stride()))
         return y
