@@ -216,7 +216,7 @@ class Book:
                 if not how.forgiving:
                     raise
                 failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-                _check_alive(name, device)
+                check_alive(name, device)
         for name in plans:
             self.add(name, "relative error", "1", *[errors[name]] * 3)
         if plans and how.timed:
@@ -349,7 +349,7 @@ def _call(plan: Plan, inputs: tuple[Tensor, ...]) -> Callable[[], Tensor]:
     return lambda: plan(*inputs)
 
 
-def _check_alive(kernel: str, device: torch.device) -> None:
+def check_alive(kernel: str, device: torch.device) -> None:
     """BrokenDevice if the GPU takes no more work after a kernel's failure."""
     try:
         if device.type == "cuda":

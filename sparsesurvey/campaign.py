@@ -151,7 +151,7 @@ class Campaign:
         quick = {"rounds": 3, "min_seconds": 1e-4} if self.rehearsal else {"rounds": 12, "min_seconds": 5e-3}
         how = {**quick, "dtype": case.dtype, "device": self.device, "record": self.record, "timed": timed, "forgiving": True}
         if not self.rehearsal:
-            energy = 0.5 if case.tokens >= 8192 and timed else 0.0
+            energy = 0.5 if case.shape == GATE and case.tokens >= 8192 else 0.0
             how |= {"flush_l2": case.flushed, "graph": case.graph, "energy": energy}
         if case.product == "mlp":
             full = replace(case.structure, density=1.0)
@@ -169,7 +169,7 @@ class Campaign:
                     raise OutOfTime
                 bar.set_postfix_str(f"{max(0, self.left):.0f} s left, {case}", refresh=False)
                 count = 3 if case.product == "mlp" else len(kernels(case, self.skip))
-                if count and self.pace.expected(case, count) < self.left:
+                if count and str(case) not in self.skip and self.pace.expected(case, count) < self.left:
                     start = monotonic()
                     self.try_case(case, timed)
                     self.pace.learn(case, count, monotonic() - start)
@@ -182,8 +182,13 @@ class Campaign:
         except BrokenDevice as broken:
             broken.label = f"{case.structure} {case.product} {broken.kernel}"
             raise
-        except Exception as error:  # of the time of all kernels: out of memory, say
+        except Exception as error:  # while all kernels are timed: out of memory, say
             self.problems[str(case)] = f"{type(error).__name__}: {error}".splitlines()[0]
+            try:
+                benchmark.check_alive("of unknown name", torch.device(self.device))
+            except BrokenDevice as broken:
+                broken.label = str(case)
+                raise
         else:
             for name, why in found.failed.items():
                 self.problems[f"{case} {name}"] = why
@@ -319,7 +324,7 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenDevice as broken:  # only a new process can go on: with what is left of the time, without that kernel
         print(f"{broken}; going on without {broken.label}", flush=True)
         left = given.minutes - (monotonic() - start) / 60
-        if left > 0.2:
+        if left > 0.2 and not given.part:
             again = ["--minutes", f"{left:.3f}", "--device", given.device, "--record", given.record]
             skip = [part for label in (*given.skip, broken.label) for part in ("--skip", label)]
             os.execv(sys.executable, [sys.executable, "-m", "sparsesurvey.campaign", *again, *skip])

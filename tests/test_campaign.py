@@ -192,6 +192,24 @@ def test_a_kernel_that_breaks_the_device_is_left_out_by_a_new_process(monkeypatc
     assert "an illegal memory access; going on without" in capsys.readouterr().out
 
 
+def test_a_device_that_breaks_while_it_is_timed_costs_the_case(monkeypatch):
+    made = campaign.Campaign("cpu", "", 1e9)
+    case = Case(Block(64, 64, 0.1), (4096, 4096), 8)
+    monkeypatch.setattr(made, "measure", lambda case, timed: 1 / 0)
+    made.try_case(case, True)
+    assert "ZeroDivisionError" in made.problems[str(case)]
+
+    def dead(kernel, device):
+        raise BrokenDevice(kernel, "gone")
+
+    monkeypatch.setattr(benchmark, "check_alive", dead)
+    with pytest.raises(BrokenDevice) as broken:
+        made.try_case(case, True)
+    assert broken.value.label == str(case)
+    monkeypatch.setattr(made, "skip", (str(case),))
+    made.go_through([case], "again")  # is left out
+
+
 def test_time_that_is_over_interrupts_a_case():
     with pytest.raises(campaign.OutOfTime), campaign.timed_out(0.05):
         time.sleep(5)
