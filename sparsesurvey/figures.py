@@ -323,6 +323,26 @@ def final_losses(rows: Iterable[Measurement], ax: Axes | None = None) -> Axes:
     return ax
 
 
+def increases(rows: Iterable[Measurement]) -> np.ndarray:
+    """What pruning by each method costs, from rows of ``oneshot.losses``: a panel a structure, a dot a run, a bar at the mean."""
+    rows = list(rows)
+    dense = {row.at["seed"]: row.value for row in rows if row.structure == "dense"}
+    pruned = [row for row in rows if row.structure != "dense"]
+    structures, methods = (list(dict.fromkeys(names)) for names in zip(*((row.structure, row.method) for row in pruned)))
+    figure, axes = plt.subplots(1, len(structures), figsize=(8, 1.2 + 0.3 * len(methods)), sharey=True, squeeze=False)
+    for ax, structure in zip(axes[0], structures):
+        for place, method in enumerate(methods):
+            values = [row.value - dense[row.at["seed"]] for row in pruned if (row.structure, row.method) == (structure, method)]
+            ax.plot(values, np.full(len(values), place), "o", color=colour(structure), alpha=0.7, markersize=5)
+            if values:
+                ax.plot([np.mean(values)] * 2, [place - 0.3, place + 0.3], color=colour(structure), linewidth=2)
+        ax.set(yticks=range(len(methods)), yticklabels=methods, ylim=(len(methods) - 0.4, -0.6), title=structure,
+               xlabel=f"increase of the loss, {rows[0].unit}")
+        ax.set_xlim(min(0, ax.get_xlim()[0]), None)
+    figure.suptitle("; ".join(by_machine(rows)), fontsize=9)
+    return axes[0]
+
+
 def noise(timings: Mapping[str, Timing]) -> Figure:
     """Two timings of the same product, round by round: raw times left, the ratio within each round right."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.2, 2.9))

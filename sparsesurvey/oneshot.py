@@ -1,0 +1,209 @@
+"""What one-shot pruning costs a trained model: rows of method by structure, over seeds of the model and of the calibration.
+
+The models are those of ``experiments``, trained by us; each is pruned in its MLPs by ``models.prune_model``, block after
+block on inputs that pruned blocks give, and evaluated on the validation windows that its training was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+from resource import RUSAGE_SELF, getrusage
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from sparsesurvey.alps import alps
+from sparsesurvey.data import Language, markov, windows
+from sparsesurvey.experiments import LOSS, SOURCE, Job, trained
+from sparsesurvey.measure import Machine, Measurement, code_of, live, recorded
+from sparsesurvey.measure import record as write_row
+from sparsesurvey.mistral import build
+from sparsesurvey.models import Method, Plan, describe, prune_model, samples
+from sparsesurvey.recipes import Recipe
+from sparsesurvey.scores import dass, e_sparse, magnitude, ria, wanda
+from sparsesurvey.sparsegpt import sparsegpt
+from sparsesurvey.structure import Structure
+from sparsesurvey.tables import unnumbered
+from sparsesurvey.train import History, TrainConfig, evaluate
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+CHAPTER = "pruning"
+
+
+def released(structure: Structure, power: float = 0.5) -> Plan:
+    """DaSS as its code has it: groups of gate_proj and up_proj along the outputs, of down_proj along the inputs by Wanda.
+
+    ``structure`` is one with an ``axis``, such as N:M along the inputs. With ``power=0`` gate and up are chosen by
+    magnitude: what of the gain is the grouping's.
+    """
+    across, score = replace(structure, axis="out"), partial(dass, power=power)
+    return {"gate_proj": (across, score), "up_proj": (across, score), "down_proj": (structure, wanda)}
+
+
+METHODS: dict[str, Method] = {
+    "magnitude": magnitude, "Wanda": wanda, "E-Sparse": e_sparse, "RIA": ria, "DaSS along the inputs": dass,
+    "DaSS as released": released, "SparseGPT": sparsegpt, "ALPS": alps}
+LADDER: dict[str, Method] = {  # from Wanda to DaSS, one change at a time
+    "Wanda": wanda, "DaSS along the inputs": dass, "DaSS as released, power 0": partial(released, power=0.0),
+    "DaSS as released": released, "DaSS as released, power 1": partial(released, power=1.0)}
+
+
+def losses(structures: Iterable[Structure], methods: Mapping[str, Method] = METHODS, seeds: Sequence[int] = (0,),
+           calibrations: Sequence[int] = (0,), language: Language | None = None, model: str = "markov",
+           config: TrainConfig = TrainConfig(), sequences: int = 128, record: str = "", reuse: bool = False,
+           progress: bool = True) -> list[Measurement]:
+    """Validation loss of the trained model, dense and after pruning by each method under each structure: rows.
+
+    Args:
+        methods: by the name that stands in the row.
+        seeds: of the model. calibrations: seeds of the ``sequences`` pieces of training text it is calibrated on, each as
+            long as the ones it was trained on.
+        reuse: be content with the rows that come with the package, whichever machine they are of; otherwise what is not in
+            the live ones (``record``) is measured, and the model trained if need be.
+    """
+    language = markov() if language is None else language
+    known = [*live(CHAPTER, record), *(recorded(CHAPTER) if reuse else ())]
+    structures = list(structures)
+    todo = [(seed, 0, "dense", None, magnitude) for seed in seeds]
+    todo += [(seed, calibration, name, structure, method) for seed in seeds for structure in structures
+             for name, method in methods.items() for calibration in calibrations]
+    dense: dict[int, nn.Module] = {}
+    rows = []
+    for seed, calibration, name, structure, method in tqdm(todo, "prune", disable=not progress):
+        job = Job(None, seed, language, model, config, Recipe())
+        at = {**job.at(), "sequences": sequences, "calibration": calibration} if structure else job.at()
+        source = _source(structure, method)
+        row = _known(known, str(structure or "dense"), name, at, code_of(source, device=config.device))
+        if row is None:
+            if seed not in dense:
+                dense = {seed: trained(None, seed, language, model, config, record=record)}  # one at a time
+            row = _measure(job, deepcopy(dense[seed]), structure, name, method, at, source)
+            write_row(row, CHAPTER, record)
+        rows.append(row)
+    return rows
+
+
+def _source(structure: Structure | None, method: Method) -> str:
+    if structure is None:
+        return SOURCE
+    module = "sparsesurvey.scores" if _is_plan(method) else getattr(method, "func", method).__module__
+    return f"{SOURCE},sparsesurvey.models,{module},{type(structure).__module__}"
+
+
+def _is_plan(method: Method) -> bool:
+    """Is it a function from a structure to what becomes of each module?"""
+    return getattr(method, "func", method) is released
+
+
+def _known(rows: Iterable[Measurement], structure: str, method: str, at: Mapping, code: str) -> Measurement | None:
+    mine = (LOSS, structure, method, code)
+    return next((row for row in rows if (row.metric, row.structure, row.method, row.code) == mine
+                 and at.items() <= row.at.items()), None)
+
+
+def _measure(job: Job, model: nn.Module, structure: Structure | None, name: str, method: Method | Callable[[Structure], Plan],
+             at: Mapping, source: str) -> Measurement:
+    config, language = job.config, job.language
+    if structure is not None:
+        batches = samples(language.train, at["sequences"], config.seq, at["calibration"], config.batch)
+        plan, how = (method(structure), magnitude) if _is_plan(method) else (structure, method)
+        at = {**at, "density": round(prune_model(model, plan, how, batches, progress=False).density, 6)}
+    x, y = windows(language.valid, config.batch * config.eval_batches, config.seq)
+    loss = evaluate(model, x, y, config.batch, config.device)
+    unit = next(job.rows(History(valid=[(0, loss)]))).unit
+    return Measurement.now(LOSS, unit, loss, structure=str(structure or "dense"), method=name, at=at, source=source,
+                           machine=Machine.current(config.device))
+
+
+def pruning_time(method: Method, structure: Structure, model: str = "162m", sequences: int = 16, length: int = 512,
+                 record: str = "") -> tuple[Measurement, Measurement]:
+    """Seconds to prune a model of random weights on random tokens, and the most memory that this process has had: rows.
+
+    Time and memory do not depend on what the weights are. Call it once in a process: the memory is the highest so far.
+    """
+    made = build(model).eval()
+    generator = torch.Generator().manual_seed(0)
+    batches = list(torch.randint(made.config.vocab_size, (sequences, 1, length), generator=generator))
+    at = {"model": model, "sequences": sequences, "length": length, "threads": torch.get_num_threads(),
+          "weights": sum(weight.nbytes for weight in made.parameters())}
+    plan, how = (method(structure), magnitude) if _is_plan(method) else (structure, method)
+    start = perf_counter()
+    prune_model(made, plan, how, batches, progress=False)
+    seconds = perf_counter() - start
+    peak = getrusage(RUSAGE_SELF).ru_maxrss * 1024
+    rows = [Measurement.now(metric, unit, value, structure=structure, method=describe(method), at=at, source=_source(structure, method))
+            for metric, unit, value in (("time to prune", "s", seconds), ("peak memory", "B", peak))]
+    for row in rows:
+        write_row(row, CHAPTER, record)
+    return tuple(rows)
+
+
+def increases(rows: Iterable[Measurement]) -> dict[tuple[str, str], dict[tuple[int, int], float]]:
+    """By (method, structure), then by (seed of the model, of the calibration): the loss above the same model's, dense."""
+    rows = list(rows)
+    dense = {row.at["seed"]: row.value for row in rows if row.structure == "dense"}
+    found: dict[tuple[str, str], dict[tuple[int, int], float]] = {}
+    for row in rows:
+        if row.structure != "dense":
+            place = row.at["seed"], row.at["calibration"]
+            found.setdefault((row.method, row.structure), {})[place] = row.value - dense[row.at["seed"]]
+    return found
+
+
+def table(rows: Iterable[Measurement]) -> pd.DataFrame:
+    """Method by structure: mean increase of the loss over the seeds of the model, first calibration; in brackets the range."""
+    import pandas as pd
+
+    cells: dict[str, dict[str, str]] = {}
+    for (method, structure), values in increases(rows).items():
+        mine = list(_first(values).values())
+        spread = f" ({min(mine):.4f} to {max(mine):.4f})" if len(mine) > 1 else ""
+        cells.setdefault(method, {})[structure] = f"{sum(mine) / len(mine):.4f}{spread}"
+    return pd.DataFrame(cells).T.rename_axis("increase of the loss")
+
+
+def noise(rows: Iterable[Measurement]) -> pd.DataFrame:
+    """By method and structure: the widest range over calibration seeds with the model fixed, and over models with it fixed."""
+    import pandas as pd
+
+    lines = []
+    for (method, structure), values in increases(rows).items():
+        of_calibration, of_model = _range(values, 0), _range(values, 1)
+        lines.append({"structure": structure, "method": method, "over calibrations": of_calibration, "over models": of_model})
+    return unnumbered(pd.DataFrame(lines).round(4))
+
+
+def in_order(rows: Iterable[Measurement], methods: Sequence[str]) -> pd.DataFrame:
+    """For each structure and pair of neighbours in ``methods``: in how many models the later one loses less, first calibration."""
+    import pandas as pd
+
+    found = increases(rows)
+    lines = []
+    for structure in dict.fromkeys(structure for _, structure in found):
+        for worse, better in zip(methods, methods[1:]):
+            one, other = _first(found[worse, structure]), _first(found[better, structure])
+            gains = [one[seed] - other[seed] for seed in one if seed in other]
+            lines.append({"structure": structure, "worse": worse, "better": better, "models": len(gains),
+                          "as expected": sum(gain > 0 for gain in gains), "least gain": min(gains), "largest gain": max(gains)})
+    return unnumbered(pd.DataFrame(lines).round(4))
+
+
+def _first(values: Mapping[tuple[int, int], float]) -> dict[int, float]:
+    """By the seed of the model, for the first calibration."""
+    first = min(calibration for _, calibration in values)
+    return {seed: value for (seed, calibration), value in values.items() if calibration == first}
+
+
+def _range(values: Mapping[tuple[int, int], float], fixed: int) -> float:
+    groups: dict[int, list[float]] = {}
+    for place, value in values.items():
+        groups.setdefault(place[fixed], []).append(value)
+    return max(max(group) - min(group) for group in groups.values())

@@ -1,0 +1,96 @@
+"""One-shot pruning as rows, and what is read off them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sparsesurvey import figures, oneshot
+from sparsesurvey.data import markov
+from sparsesurvey.mistral import build
+from sparsesurvey.models import prune_model, samples
+from sparsesurvey.oneshot import LADDER, in_order, increases, losses, noise, pruning_time, released, table
+from sparsesurvey.scores import dass, magnitude, wanda
+from sparsesurvey.structures import NM
+from sparsesurvey.train import TrainConfig
+
+TINY = TrainConfig(steps=20, warmup=2, eval_every=20, eval_batches=2, batch=8, seq=32)
+LANGUAGE = markov(length=1 << 14, valid=1 << 12)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rows")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPARSESURVEY_RUNS", str(folder / "runs"))
+        options = {"seeds": (0, 1), "calibrations": (0, 1), "language": LANGUAGE, "config": TINY, "sequences": 16,
+                   "record": str(folder), "progress": False}
+        methods = {"magnitude": magnitude, "Wanda": wanda, "released": released}
+        made = losses([NM(2, 4), NM(1, 4)], methods, **options)
+        patch.setattr(oneshot, "_measure", lambda *_: pytest.fail("measured again"))
+        assert losses([NM(2, 4), NM(1, 4)], methods, **options) == made
+        return made
+
+
+def test_a_row_for_every_case(rows):
+    assert len(rows) == 2 + 2 * 2 * 3 * 2
+    assert {row.structure for row in rows} == {"dense", "2:4", "1:4"}
+    assert {row.at["density"] for row in rows if row.structure == "2:4"} == {0.5}
+    assert not any(row.stale for row in rows)
+    one = next(row for row in rows if row.method == "Wanda")
+    assert "sparsesurvey.models" in one.source and one.at["calibration"] in (0, 1)
+
+
+def test_increases_are_over_the_same_model(rows):
+    found = increases(rows)
+    dense = {row.at["seed"]: row.value for row in rows if row.structure == "dense"}
+    assert set(found) == {(method, str(structure)) for method in ("magnitude", "Wanda", "released") for structure in ("2:4", "1:4")}
+    row = next(row for row in rows if row.method == "released" and row.at["seed"] == 1 and row.at["calibration"] == 1)
+    assert found["released", row.structure][1, 1] == row.value - dense[1]
+    assert found["magnitude", "2:4"][0, 0] == found["magnitude", "2:4"][0, 1]
+
+
+def test_tables(rows):
+    assert list(table(rows).columns) == ["2:4", "1:4"] and list(table(rows).index) == ["magnitude", "Wanda", "released"]
+    spread = noise(rows).set_index(["structure", "method"])
+    assert spread.loc[("2:4", "magnitude"), "over calibrations"] == 0 < spread.loc[("2:4", "magnitude"), "over models"]
+    order = in_order(rows, ["magnitude", "released"])
+    assert list(order["models"]) == [2, 2] and (order["least gain"] <= order["largest gain"]).all()
+    ax = figures.increases(rows)
+    assert len(ax) == 2
+
+
+def test_a_table_of_one_model_has_no_range(rows):
+    assert "(" not in table([row for row in rows if row.at["seed"] == 0]).to_string()
+
+
+def test_dass_as_released():
+    """Groups along the outputs in gate and up, along the inputs in down; along the inputs the factor of a row is common to all."""
+    batches = samples(LANGUAGE.train, 16, 32)
+    made = {}
+    for name, plan in (("released", released(NM(2, 4))), ("power 0", released(NM(2, 4), 0.0)),
+                       ("along the inputs", {part: (NM(2, 4), dass) for part in ("gate_proj", "up_proj", "down_proj")}),
+                       ("magnitude", {part: (NM(2, 4), magnitude) for part in ("gate_proj", "up_proj")})):
+        made[name] = build("markov")
+        prune_model(made[name], plan, batches=batches, propagate=False, progress=False)
+    kept = {name: [part.weight != 0 for part in (model.model.layers[0].mlp.gate_proj, model.model.layers[0].mlp.down_proj)]
+            for name, model in made.items()}
+    assert NM(2, 4, "out").holds(kept["released"][0]) and not NM(2, 4).holds(kept["released"][0])
+    assert NM(2, 4).holds(kept["released"][1]) and not torch.equal(kept["released"][0], kept["power 0"][0])
+    assert torch.equal(kept["along the inputs"][0], kept["magnitude"][0])
+
+
+def test_the_ladder_changes_one_thing_at_a_time():
+    assert list(LADDER)[0] == "Wanda" and LADDER["DaSS as released"] is released
+
+
+def test_time_and_memory_are_rows(tmp_path):
+    seconds, memory = pruning_time(wanda, NM(2, 4), "markov", 4, 32, record=str(tmp_path))
+    assert seconds.unit == "s" and memory.value > seconds.at["weights"] and seconds.method == "wanda"
+    assert len(list(tmp_path.rglob("pruning.jsonl"))) == 1
+
+
+def test_rows_of_another_code_are_not_taken(rows):
+    row = rows[1]
+    assert oneshot._known([row], row.structure, row.method, row.at, row.code) is row
+    assert oneshot._known([replace(row, code="0" * 12)], row.structure, row.method, row.at, row.code) is None
