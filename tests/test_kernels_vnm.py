@@ -14,7 +14,7 @@ from sparsesurvey.kernels import cuda, mma_sp
 from sparsesurvey.kernels.features import feature_major
 from sparsesurvey.kernels.launch import SHARED
 from sparsesurvey.structure import Unavailable
-from sparsesurvey.structures import NM, VNM
+from sparsesurvey.structures import NM, TVW, VNM, HiNM
 
 HERE = Path(__file__).parent
 SOURCES = Path(cuda.__file__).parent
@@ -88,6 +88,23 @@ def test_sums_over_whole_numbers_are_exact():
     assert arranged.columns[1, 16:].unique().tolist() == [int(packed.columns[0, -1, -1]) + 152]
 
 
+def test_hierarchical_and_tile_wise_panels_take_the_same_path():
+    """HiNM lists its inputs one by one, some twice; tiles of TVW have quads of any number, and quads of fewer than four."""
+    hierarchical = HiNM(16, 0.5)
+    thin = hierarchical.project(draw(32, 96)) * (draw(32, 96, seed=2) > 0)
+    packed = hierarchical.pack(thin)
+    arranged = mma_sp.arrange(*hierarchical.quads(hierarchical.compact(packed), packed.columns), packed.shape)
+    x = draw(3, 96, seed=1)
+    torch.testing.assert_close(multiplied(arranged, x), x.double() @ thin.double().T, rtol=0, atol=1e-12)
+    tiles = TVW(16, 0.3)
+    thin = tiles.project(draw(48, 96) * torch.tensor([3.0, 1, 0.2]).repeat_interleave(16)[:, None]) * (draw(48, 96, seed=2) > 0.9)
+    packed = tiles.pack(thin)
+    counts = packed.row_pointers.diff()
+    assert len(counts.unique()) > 1 and (packed.columns < 0).any()
+    arranged = mma_sp.arrange(*mma_sp.compressed(tiles.compact(packed)), packed.columns.clamp(min=0), counts, packed.shape)
+    torch.testing.assert_close(multiplied(arranged, x), x.double() @ thin.double().T, rtol=0, atol=1e-12)
+
+
 def test_positions_equal_those_of_torch():
     """Torch's own code for the same instruction, before it is put in the order of CUTLASS, for 2:4."""
     conversions = pytest.importorskip("torch.sparse._semi_structured_conversions")
@@ -113,11 +130,16 @@ def test_one_of_four_becomes_two_of_four():
     assert values.tolist() == [[5, 0], [0, 6]] and positions.tolist() == [[1, 3], [2, 3]]
 
 
+def test_two_of_four_of_a_dense_quad():
+    values, positions = mma_sp.compressed(torch.tensor([[[0.0, 0, 7, 8], [0, 5, 0, 0], [0, 0, 0, 0]]]))
+    assert positions.tolist() == [[[2, 3], [0, 1], [0, 1]]] and values.tolist() == [[[7, 8], [0, 5], [0, 0]]]
+
+
 def test_what_cannot_run_says_what_it_needs():
     for structure, dtype, reason in (
         (VNM(64, 2, 8), torch.bfloat16, "needs a CUDA device, got an operand on cpu"),
         (VNM(64, 2, 8), torch.float32, "needs bfloat16 or float16, got torch.float32"),
-        (VNM(64, 3, 8), torch.bfloat16, "needs at most 2 of every 4 columns, got 3"),
+        (VNM(64, 3, 8), torch.bfloat16, "needs at most 2 of every 4 columns, got 3 of 4"),
         (VNM(8, 2, 8), torch.bfloat16, "needs panels of a multiple of 16 outputs, got 8"),
     ):
         packed = structure.pack(torch.zeros(64, 64, dtype=dtype))

@@ -85,12 +85,18 @@ def two_of_four(values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         torch.cat([torch.where(last, 2, positions), torch.full_like(positions, 3)], -1)
 
 
-def require(values: Tensor, n: int, height: int) -> None:
-    """Raise Unavailable unless sparse tensor cores can multiply panels of so many outputs, n of every four inputs, here."""
+def compressed(quads: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights ``[quads, height, 4]`` of which a row has at most two, as those two and their rising positions."""
+    positions = (quads != 0).to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :2].sort(-1).values
+    return quads.gather(-1, positions), positions
+
+
+def require(values: Tensor, n: int, m: int, height: int) -> None:
+    """Raise Unavailable unless sparse tensor cores can multiply panels of so many outputs, n of every m inputs, here."""
     if values.dtype not in DTYPES:
         raise Unavailable(f"needs bfloat16 or float16, got {values.dtype}")
-    if n > 2:
-        raise Unavailable(f"needs at most 2 of every 4 columns, got {n}")
+    if n > 2 or m != 4:
+        raise Unavailable(f"needs at most 2 of every 4 columns, got {n} of {m}")
     if height % 16:
         raise Unavailable(f"needs panels of a multiple of 16 outputs, got {height}")
     if values.device.type != "cuda":

@@ -264,7 +264,7 @@ class HiNM(Pattern):
         shape = packed.values.shape
         return lambda dy, x: run(dy, x).flatten().index_select(0, places).masked_fill_(padding, 0).view(shape)
 
-    # On a GPU the same on dense tensor cores (kernels/panel.py).
+    # On a GPU the same on dense tensor cores (kernels/panel.py), or without the zeros of 2:4 on sparse ones (kernels/mma_sp.py).
 
     def spmm_triton(self, packed: PackedHiNM) -> Plan:
         return panel_code().gather_plan(*self.parts(packed))
@@ -274,6 +274,21 @@ class HiNM(Pattern):
 
     def sddmm_triton(self, packed: PackedHiNM) -> Plan:
         return self.of_the_kept(panel_code().sample_plan(*self.parts(packed)), packed)
+
+    def spmm_cuda(self, packed: PackedHiNM) -> Plan:
+        from sparsesurvey.kernels import mma_sp
+
+        compact = self.compact(packed)
+        mma_sp.require(packed.values, self.n, self.m, self.v)
+        return mma_sp.product_plan(mma_sp.arrange(*self.quads(compact, packed.columns), packed.shape))
+
+    def quads(self, compact: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The groups of four as ``mma_sp.arrange`` takes them: values and positions, inputs, groups a panel."""
+        from sparsesurvey.kernels import mma_sp
+
+        groups = columns.unflatten(1, (-1, self.m))  # [panels, groups, m]
+        values, positions = mma_sp.compressed(compact.unflatten(2, (-1, self.m)).transpose(1, 2).flatten(0, 1))
+        return values, positions, groups.flatten(0, 1), torch.full((len(groups),), groups.shape[1])
 
 
 def optimum(structure: HiNM, scores: Tensor) -> Tensor:

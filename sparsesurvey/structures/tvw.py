@@ -193,7 +193,7 @@ class TVW(Pattern):
     def sddmm_gather(self, packed: PackedTVW) -> Plan:
         return self.of_the_kept(gather_gradient_plan(*self.panels(packed)), packed)
 
-    # On a GPU the same on dense tensor cores (kernels/panel.py).
+    # On a GPU the same on dense tensor cores (kernels/panel.py), or without the zeros of 2:4 on sparse ones (kernels/mma_sp.py).
 
     def spmm_triton(self, packed: PackedTVW) -> Plan:
         return panel_code().gather_plan(*self.panels(packed))
@@ -203,6 +203,14 @@ class TVW(Pattern):
 
     def sddmm_triton(self, packed: PackedTVW) -> Plan:
         return self.of_the_kept(panel_code().sample_plan(*self.panels(packed)), packed)
+
+    def spmm_cuda(self, packed: PackedTVW) -> Plan:
+        from sparsesurvey.kernels import mma_sp
+
+        compact = self.compact(packed)
+        mma_sp.require(packed.values, 2, QUAD, self.g)
+        counts = packed.row_pointers.long().diff()
+        return mma_sp.product_plan(mma_sp.arrange(*mma_sp.compressed(compact), packed.columns.clamp(min=0), counts, packed.shape))
 
     def of_the_kept(self, run: Plan, packed: PackedTVW) -> Plan:
         """A plan of the gradients of whole quads, as one of those of the values in them."""

@@ -249,7 +249,7 @@ class VNM(Pattern):
         from sparsesurvey.kernels import mma_sp
 
         positions = self.positions(packed)
-        mma_sp.require(packed.values, self.n, self.v)
+        mma_sp.require(packed.values, self.n, COLUMNS, self.v)
         return mma_sp.product_plan(mma_sp.arrange(*self.quads(packed, positions), packed.shape))
 
     def quads(self, packed: PackedVNM, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
