@@ -242,7 +242,7 @@ def test_dry_run_from_end_to_end_stopped_and_resumed(tmp_path):
     out, err = second.communicate(timeout=120)
     assert second.returncode == 0 and "The time is over" in out and "FAILED" not in out, out + err[-3000:]
     rows = recorded(tmp_path)
-    assert rows[:len(kept)] == kept or set(kept) < set(rows)
+    assert set(kept) <= set(rows)
     found = measure.live("dry-run", tmp_path)
     assert len({item.key for item in found}) == len(found) and {item.metric for item in found} == {"relative error", "time", "speedup"}
     assert {item.method for item in found} >= {"dense", "triton", "dense triton"} and not measure.live("gpu", tmp_path)
