@@ -128,13 +128,13 @@ def columns_at_a_time(structure: Pattern, shape: Shape, block: int = BLOCK) -> i
     check_int("block", block, 1)
     out, inn = structure.check_shape(shape)
     width = structure.tile[1]
-    if _alone(structure) and structure.nnz((out, width)) * (inn // width) == structure.nnz((out, inn)):
+    if chooses_alone(structure) and structure.nnz((out, width)) * (inn // width) == structure.nnz((out, inn)):
         return width
     return min(block, inn) if structure.tile == (1, 1) and _parts_fit(structure) else inn
 
 
 @lru_cache(maxsize=256)
-def _alone(structure: Pattern) -> bool:
+def chooses_alone(structure: Pattern) -> bool:
     """Does a tile column choose the same, however loud the others are and whether they are there or not?"""
     rows, width = structure.tile
     few = torch.rand(rows * -(-16 // rows), 4 * width, generator=torch.Generator().manual_seed(0)) + 0.1
