@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from sparsesurvey.kernels import cuda, mma_sp
-from sparsesurvey.kernels.features import feature_major
 from sparsesurvey.kernels.launch import SHARED
 from sparsesurvey.structure import Unavailable
 from sparsesurvey.structures import NM, TVW, VNM, HiNM
@@ -173,24 +172,40 @@ def library(folder: Path, definitions: tuple[tuple[str, int], ...]) -> ctypes.CD
     return ctypes.CDLL(str(path))
 
 
-def emulated(folder: Path, arranged: mma_sp.Operand, x: Tensor, tile: mma_sp.Tile, stages: int, late: bool) -> Tensor:
-    """What the kernel writes, with guards around it, when its threads are run one after the other."""
-    weights, positions, columns, pointers, (out, _) = arranged
-    panels = len(pointers) - 1
-    height = out // panels
-    rows, features = feature_major(x)
-    guard = torch.full((out * len(x) + 128,), -77.0, dtype=x.dtype)
-    y = guard[64:-64].view(out, len(x)).T if features else guard[64:-64].view(len(x), out)
-    outputs, tokens, _, shared = mma_sp.sizes(tile, stages)
-    programs = -(-len(x) // tokens) * panels * (height // outputs)
-    definitions = {**tile, "STAGES": stages, "BFLOAT": mma_sp.DTYPES[x.dtype], "FEATURES": int(features)}
-    parts = [weights.contiguous(), positions.contiguous(), columns, pointers, rows, y]
-    arrays = (ctypes.c_void_p * 6)(*(part.data_ptr() for part in parts))
-    sizes = (ctypes.c_longlong * 6)(*(part.untyped_storage().nbytes() for part in parts))
-    numbers = (ctypes.c_longlong * 6)(len(x), rows.shape[1], panels, height, rows.stride(0), max(y.stride()))
-    library(folder, tuple(sorted(definitions.items()))).launch(programs, shared, int(late), arrays, sizes, numbers)
-    assert (guard[:64] == -77).all() and (guard[-64:] == -77).all(), "written outside of y"
-    return y
+@pytest.fixture
+def emulator(monkeypatch, tmp_path_factory):
+    """A function that multiplies by a plan whose launches run the kernel's threads on this CPU, one after the other."""
+    if not shutil.which("g++"):
+        pytest.skip("needs g++")
+    folder = tmp_path_factory.getbasetemp()
+
+    def multiplied_by_plan(arranged: mma_sp.Operand, x: Tensor, tile: mma_sp.Tile, stages: int, late: bool) -> Tensor:
+        launches = []
+
+        def launch(file, name, definitions, programs, threads, shared, device, *arguments):
+            arrays, numbers = [part for part in arguments if isinstance(part, Tensor)], [part for part in arguments if isinstance(part, int)]
+            assert (file, name) == ("mma_sp.cu", "product") and all(part.is_contiguous() for part in arrays[:4])
+            y = arrays[5]
+            guarded = torch.full((y.numel() + 128,), -77.0, dtype=y.dtype)  # what is written beside y shows
+            places = (ctypes.c_void_p * 6)(*(part.data_ptr() for part in (*arrays[:5], guarded[64:])))
+            sizes = (ctypes.c_longlong * 6)(*(part.untyped_storage().nbytes() for part in arrays))
+            made = library(folder, tuple(sorted(definitions.items())))
+            assert threads == 32 * definitions["WM"] * definitions["WN"]
+            made.launch(programs, shared, int(late), places, sizes, (ctypes.c_longlong * 6)(*numbers))
+            assert (guarded[:64] == -77).all() and (guarded[-64:] == -77).all(), "written outside of y"
+            y.copy_(guarded[64:-64].as_strided(y.shape, y.stride()))
+            launches.append(programs)
+
+        monkeypatch.setattr(cuda, "launch", launch)
+        monkeypatch.setattr(cuda, "processors", lambda device: 1)
+        monkeypatch.setattr(cuda, "shared_bytes", lambda device: mma_sp.sizes(tile, stages)[3])
+        monkeypatch.setattr(mma_sp, "tile", lambda *problem: tile)
+        monkeypatch.setattr(mma_sp, "stages", lambda *problem: stages)
+        y = mma_sp.product_plan(arranged)(x)
+        assert len(launches) == min(1, len(x))
+        return y
+
+    return multiplied_by_plan
 
 
 @pytest.mark.parametrize("structure, shape, tokens, wide, stages, dtype", [
@@ -202,11 +217,8 @@ def emulated(folder: Path, arranged: mma_sp.Operand, x: Tensor, tile: mma_sp.Til
     (VNM(32, 2, 5), (64, 400), 33, True, 4, torch.float16),
     (VNM(48, 2, 8), (48, 136), 20, True, 4, torch.bfloat16),
 ], ids=str)
-def test_the_source_run_on_a_cpu_equals_float64(tmp_path_factory, structure, shape, tokens, wide, stages, dtype):
+def test_the_source_run_on_a_cpu_equals_float64(emulator, structure, shape, tokens, wide, stages, dtype):
     """Every thread of it, with copies as early and as late as they may be, row-major and feature-major."""
-    if not shutil.which("g++"):
-        pytest.skip("needs g++")
-    folder = tmp_path_factory.getbasetemp()
     arranged, weight = operand(structure, shape, dtype)
     kind = mma_sp.WIDE if wide else mma_sp.NARROW
     tile = dict(zip(("WM", "WN", "MF", "NF"), kind[next(size for size in kind if structure.v % size == 0)]))
@@ -214,7 +226,8 @@ def test_the_source_run_on_a_cpu_equals_float64(tmp_path_factory, structure, sha
         x = draw(-(-tokens // 16) * 16 if features else tokens, shape[1], dtype=dtype, seed=1)
         x = x.T.contiguous().T if features else x
         want = x.double() @ weight.double().T
-        got = emulated(folder, arranged, x, tile, stages, late)
+        got = emulator(arranged, x, tile, stages, late)
+        assert got.shape == want.shape and (got.stride(0) == 1) == features and not len(emulator(arranged, x[:0], tile, stages, late))
         error = (got.double() - want).abs().max() / want.abs().max()
         assert error < torch.finfo(dtype).eps, (late, features, float(error))
 

@@ -27,7 +27,18 @@ def require_cupy() -> None:
 
 def shared_bytes(device: torch.device) -> int:
     """Bytes of shared memory that one block of threads may have on this GPU."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    import cupy
+
+    return cupy.cuda.Device(number(device)).attributes["MaxSharedMemoryPerBlockOptin"]
+
+
+def processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def number(device: torch.device) -> int:
+    """The number of a CUDA device, the current one's if it has none."""
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 @lru_cache(maxsize=None)
@@ -47,7 +58,7 @@ def launch(file: str, name: str, definitions: Mapping[str, int], programs: int, 
     """Run a kernel on the device's current stream of torch; tensors go by their addresses, integers as 64 bits."""
     import cupy
 
-    index = torch.cuda.current_device() if device.index is None else device.index
+    index = number(device)
     function = kernel(file, name, tuple(sorted(definitions.items())), shared, index)
     plain = tuple(part.data_ptr() if isinstance(part, torch.Tensor) else part for part in arguments)
     with cupy.cuda.Device(index), cupy.cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream):

@@ -132,7 +132,7 @@ def product_plan(operand: Operand) -> Plan:
     """Plan of ``y = x @ W.T``; x and y as there: feature-major in, feature-major out."""
     weights, positions, columns, pointers, (out, inn) = operand
     panels, height = len(pointers) - 1, out // (len(pointers) - 1)
-    processors = torch.cuda.get_device_properties(weights.device).multi_processor_count
+    processors = cuda.processors(weights.device)
     most = cuda.shared_bytes(weights.device)
 
     def run(x: Tensor) -> Tensor:
