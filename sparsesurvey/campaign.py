@@ -42,8 +42,8 @@ SHORT = 0.5  # seconds that are too few for any case
 HARD = 20  # seconds after the deadline in which a call that Python cannot interrupt is given up
 
 
-class OutOfTime(Exception):
-    """The minutes are over."""
+class OutOfTime(BaseException):
+    """The minutes are over. As a Ctrl-C it is no error of the kernel that it interrupts, and nobody may forgive it."""
 
 
 # ---- what there is to measure
@@ -177,8 +177,6 @@ class Campaign:
     def try_case(self, case: Case, timed: bool) -> None:
         try:
             found = self.measure(case, timed)
-        except (OutOfTime, KeyboardInterrupt):
-            raise
         except BrokenDevice as broken:
             broken.label = f"{case.structure} {case.product} {broken.kernel}"
             raise

@@ -132,6 +132,14 @@ def test_what_fails_is_told_and_the_rest_goes_on(tmp_path):
         products(Dense(), (32, 32), 8, "dense", **given)
 
 
+def test_the_end_of_the_time_is_not_forgiven(tmp_path):
+    def late(weight):
+        raise campaign.OutOfTime
+
+    with pytest.raises(campaign.OutOfTime):
+        products(Dense(), (16, 32), 8, "dense", record=str(tmp_path), forgiving=True, against={"dense late": late})
+
+
 def test_a_cpu_has_no_graphs_and_counts_no_joules(tmp_path):
     with pytest.raises(ValueError, match="graph is for device='cuda'"):
         products(Dense(), (16, 32), 8, "dense", record=str(tmp_path), graph=True)
