@@ -182,19 +182,35 @@ class Block(Pattern):
         bounds = pairwise(packed.row_pointers.tolist())
         return [Panel(columns[a:b], values[a:b].reshape(-1, self.rows)) for a, b in bounds]
 
-    # On a GPU each stored block is a tile of tensor-core products, in Triton (kernels/block.py).
+    def outlines(self, packed: PackedBSR) -> tuple[list["Panel"], Shape, Tensor]:
+        """The panels, the grid of blocks and the blocks: what a plan for panels wants to know."""
+        self.places(packed)
+        return self.panels(packed), self.grid(packed.shape), packed.values
+
+    # On a GPU each stored block is a tile of tensor-core products, in Triton (kernels/block.py). Blocks too narrow for that
+    # are gathered there too (kernels/panel.py).
+
+    @property
+    def gathered(self) -> bool:
+        return self.cols < 16 <= self.rows
 
     def spmm_triton(self, packed: PackedBSR) -> Plan:
+        if self.gathered:
+            return panel_code().gather_plan(*self.outlines(packed))
         device_code, (rows, columns), grid = self.device_code(packed), self.places(packed), self.grid(packed.shape)
         sizes = (grid[0], self.rows), (grid[1], self.cols)
         return device_code.product_plan("x", device_code.arrange(packed.values, rows, columns, *sizes, transposed=False))
 
     def spmmt_triton(self, packed: PackedBSR) -> Plan:
+        if self.gathered:
+            return panel_code().spread_plan(*self.outlines(packed))
         device_code, (rows, columns), grid = self.device_code(packed), self.places(packed), self.grid(packed.shape)
         sizes = (grid[1], self.cols), (grid[0], self.rows)
         return device_code.product_plan("dy", device_code.arrange(packed.values, columns, rows, *sizes, transposed=True))
 
     def sddmm_triton(self, packed: PackedBSR) -> Plan:
+        if self.gathered:
+            return panel_code().sample_plan(*self.outlines(packed))
         device_code, (rows, columns) = self.device_code(packed), self.places(packed)
         return device_code.gradient_plan(packed.values, rows, columns, self.grid(packed.shape))
 
