@@ -149,12 +149,12 @@ def pruning_time(method: Method, structure: Structure, model: str = "162m", sequ
 def increases(rows: Iterable[Measurement]) -> dict[tuple[str, str], dict[tuple[int, int], float]]:
     """By (method, structure), then by (seed of the model, of the calibration): the loss above the same model's, dense."""
     rows = list(rows)
-    dense = {row.at["seed"]: row.value for row in rows if row.structure == "dense"}
+    dense = {row.at["settings"]: row.value for row in rows if row.structure == "dense"}  # its hash covers the seed
     found: dict[tuple[str, str], dict[tuple[int, int], float]] = {}
     for row in rows:
         if row.structure != "dense":
             place = row.at["seed"], row.at["calibration"]
-            found.setdefault((row.method, row.structure), {})[place] = row.value - dense[row.at["seed"]]
+            found.setdefault((row.method, row.structure), {})[place] = row.value - dense[row.at["settings"]]
     return found
 
 
@@ -162,12 +162,15 @@ def table(rows: Iterable[Measurement]) -> pd.DataFrame:
     """Method by structure: mean increase of the loss over the seeds of the model, first calibration; in brackets the range."""
     import pandas as pd
 
+    rows = list(rows)
     cells: dict[str, dict[str, str]] = {}
     for (method, structure), values in increases(rows).items():
         mine = list(_first(values).values())
         spread = f" ({min(mine):.4f} to {max(mine):.4f})" if len(mine) > 1 else ""
         cells.setdefault(method, {})[structure] = f"{sum(mine) / len(mine):.4f}{spread}"
-    return pd.DataFrame(cells).T.rename_axis("increase of the loss")
+    stale = ", stale rows among them" if any(row.stale for row in rows) else ""
+    unit = rows[0].unit if rows else "no rows"
+    return pd.DataFrame(cells).T.rename_axis(f"increase of the loss, {unit}{stale}")
 
 
 def noise(rows: Iterable[Measurement]) -> pd.DataFrame:
