@@ -104,6 +104,13 @@ def test_hierarchical_and_tile_wise_panels_take_the_same_path():
     torch.testing.assert_close(multiplied(arranged, x), x.double() @ thin.double().T, rtol=0, atol=1e-12)
 
 
+def test_rows_of_two_of_four_are_panels_that_keep_all():
+    weight = NM(2, 4, "out").project(draw(80, 32)).T  # what the input gradient multiplies by, if the groups lie along the outputs
+    arranged = mma_sp.arrange(*mma_sp.all_quads(weight, 16), weight.shape)
+    x = draw(3, 80, seed=1)
+    torch.testing.assert_close(multiplied(arranged, x), x.double() @ weight.double().T, rtol=0, atol=1e-12)
+
+
 def test_positions_equal_those_of_torch():
     """Torch's own code for the same instruction, before it is put in the order of CUTLASS, for 2:4."""
     conversions = pytest.importorskip("torch.sparse._semi_structured_conversions")

@@ -128,15 +128,33 @@ def stages(tile: Tile, most: int) -> int:
     return min(max(STAGES[0], most // 2 // each), STAGES[1], most // each)
 
 
-def product_plan(operand: Operand) -> Plan:
-    """Plan of ``y = x @ W.T``; x and y as there: feature-major in, feature-major out."""
+def rows_plan(name: str, weight: Tensor) -> Plan:
+    """Plan for a weight ``[out, in]`` of which a row has at most 2 of every 4 inputs: panels that keep all of them."""
+    out, inn = weight.shape
+    height = next((size for size in WIDE if out % size == 0), out)
+    require(weight, 2, 4, height)
+    if inn % 4:
+        raise Unavailable(f"needs a multiple of 4 inputs, got {inn}")
+    return product_plan(arrange(*all_quads(weight, height), weight.shape), name)
+
+
+def all_quads(weight: Tensor, height: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Values, positions, inputs and quads a panel of such a weight, as ``arrange`` takes them."""
+    panels, quads = len(weight) // height, weight.shape[1] // 4
+    values, positions = compressed(weight.reshape(panels, height, quads, 4).transpose(1, 2).flatten(0, 1))
+    columns = torch.arange(weight.shape[1], device=weight.device).view(-1, 4).repeat(panels, 1)
+    return values, positions, columns, torch.full((panels,), quads)
+
+
+def product_plan(operand: Operand, name: str = "x") -> Plan:
+    """Plan of ``y = x @ W.T``; feature-major in, feature-major out, as those of ``kernels.panel``."""
     weights, positions, columns, pointers, (out, inn) = operand
     panels, height = len(pointers) - 1, out // (len(pointers) - 1)
     processors = cuda.processors(weights.device)
     most = cuda.shared_bytes(weights.device)
 
     def run(x: Tensor) -> Tensor:
-        x = check_activations("x", x, inn, weights)
+        x = check_activations(name, x, inn, weights)
         if not len(x):
             return x.new_empty(0, out)
         rows, features = feature_major(x)

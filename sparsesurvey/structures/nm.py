@@ -293,6 +293,18 @@ class NM(Pattern):
         pairs = packed if (self.n, self.m) == (2, 4) else NM(2, 4).pack(rows)
         return semi_structured.cutlass_plan(pairs.values, pairs.index, packed.shape)
 
+    # And in our kernel for panels with 2:4 inside (kernels/mma_sp.py), to compare it with what it is measured against.
+
+    def spmm_cuda(self, packed: PackedNM) -> Plan:
+        from sparsesurvey.kernels import mma_sp
+
+        return mma_sp.rows_plan("x", self.two_of_four("in", packed))
+
+    def spmmt_cuda(self, packed: PackedNM) -> Plan:
+        from sparsesurvey.kernels import mma_sp
+
+        return mma_sp.rows_plan("dy", self.two_of_four("out", packed))
+
     def on_sparse_cores(self, summed: str, packed: PackedNM, searched: bool = False) -> Plan:
         from sparsesurvey.kernels import semi_structured
 
