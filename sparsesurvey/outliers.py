@@ -78,6 +78,7 @@ def draw_sweep(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set(xlabel="factor of the outlier channels", ylabel="increase of the loss, nats/token", ylim=(0, None))
     ax.set_xscale("log")
     ax.set_xticks(list(table.columns), [f"{factor:g}" for factor in table.columns])
+    ax.minorticks_off()
     ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return ax
 
@@ -90,5 +91,6 @@ def draw_norms(seen: Mapping[str, Inputs], ax: Axes | None = None) -> Axes:
         ax.plot(range(1, len(norms) + 1), norms.numpy(), marker=".", color=tint, label=name)
     ax.set(xlabel="input channel, the largest first", ylabel="norm over the median")
     ax.set_yscale("log")
+    ax.yaxis.set_major_formatter(lambda size, _: f"{size:g}")
     ax.legend(fontsize=8)
     return ax
