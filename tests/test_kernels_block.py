@@ -105,8 +105,8 @@ def multiply(dtype, target, source, transposed, tokens, warps, stages, capabilit
     weight = tile(deep, wide) if transposed else tile(wide, deep)
     types = {"x": tile(tokens, deep), "values": weight, "y": tile(tokens, wide), **dict.fromkeys(
         ("pointers", "sources", "places", "order"), "*i32"), **dict.fromkeys(("tokens", "targets", "stored"), "i32"),
-        **dict.fromkeys(("x_width", "value_width", "y_width"), "i32")}
-    constants = {"TARGET": target, "SOURCE": source, "TRANSPOSED": transposed, "EXACT": False, "KEY": 8192, "TMA": capability >= 90,
+        **dict.fromkeys(("x_width", "value_width", "y_width", "KEY"), "i32")}
+    constants = {"TARGET": target, "SOURCE": source, "TRANSPOSED": transposed, "EXACT": False, "READY": True, "TMA": capability >= 90,
                  "PROGRAMS": 132, "BT": tokens, "BN": wide, "BK": deep}
     return compiled(block.multiply, types, constants, capability, num_warps=warps, num_stages=stages)
 
@@ -119,8 +119,8 @@ def sample(dtype, rows, cols, tokens, warps, stages, capability=90):
     tile = lambda width: f"tensordesc<{dtype}[{tokens},{width}]>" if capability >= 90 else f"*{dtype}"
     tall, wide = min(rows, block.WIDE), min(cols, block.WIDE)
     types = {"dy": tile(tall), "x": tile(wide), "out": "*fp32", "rows": "*i32", "columns": "*i32", "tokens": "i32", "each": "i32",
-             "dy_width": "i32", "x_width": "i32"}
-    constants = {"ROWS": rows, "COLS": cols, "EXACT": False, "KEY": 8192, "TMA": capability >= 90, "BT": tokens, "BN": tall, "BK": wide}
+             "dy_width": "i32", "x_width": "i32", "KEY": "i32"}
+    constants = {"ROWS": rows, "COLS": cols, "EXACT": False, "READY": True, "TMA": capability >= 90, "BT": tokens, "BN": tall, "BK": wide}
     return compiled(block.sample, types, constants, capability, num_warps=warps, num_stages=stages)
 
 

@@ -68,8 +68,8 @@ def test_hopper_code(block, tokens, warps, stages, backward, instruction, loads)
     tile = lambda *shape: f"tensordesc<bf16[{shape[0]},{shape[1]}]>"
     types = {"x": tile(tokens, 64), "gate": tile(block, 64), "up": tile(block, 64), **dict.fromkeys(
         ("dh", "first_out", "second_out"), tile(tokens, block)), **dict.fromkeys(("pointers", "sources", "order"), "*i32"),
-        **dict.fromkeys(("tokens", "targets", "stored", "x_width", "value_width", "y_width"), "i32")}
-    constants = {"TARGET": block, "SOURCE": block, "BACKWARD": backward, "EXACT": False, "KEY": 8192, "TMA": True, "PROGRAMS": 132,
+        **dict.fromkeys(("tokens", "targets", "stored", "x_width", "value_width", "y_width", "KEY"), "i32")}
+    constants = {"TARGET": block, "SOURCE": block, "BACKWARD": backward, "EXACT": False, "READY": True, "TMA": True, "PROGRAMS": 132,
                  "BT": tokens, "BN": block, "BK": 64}
     code = compiled(swiglu.gated, types, constants, num_warps=warps, num_stages=stages)
     assert code.count(instruction) >= 1 and not code.spilt and code.shared <= SHARED

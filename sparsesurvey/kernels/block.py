@@ -72,8 +72,8 @@ def put(target, row, column, rows, width, tile, HEIGHT: tl.constexpr, WIDTH: tl.
 
 
 @triton.jit
-def multiply(x, values, y, pointers, sources, places, order, tokens, targets, stored, x_width, value_width, y_width,
-             TARGET: tl.constexpr, SOURCE: tl.constexpr, TRANSPOSED: tl.constexpr, EXACT: tl.constexpr, KEY: tl.constexpr,
+def multiply(x, values, y, pointers, sources, places, order, tokens, targets, stored, x_width, value_width, y_width, KEY,
+             TARGET: tl.constexpr, SOURCE: tl.constexpr, TRANSPOSED: tl.constexpr, EXACT: tl.constexpr, READY: tl.constexpr,
              TMA: tl.constexpr, PROGRAMS: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """``y[:, t] = sum of x[:, s] @ block`` for every target strip t.
 
@@ -107,8 +107,8 @@ def multiply(x, values, y, pointers, sources, places, order, tokens, targets, st
 
 
 @triton.jit
-def sample(dy, x, out, rows, columns, tokens, each, dy_width, x_width,
-           ROWS: tl.constexpr, COLS: tl.constexpr, EXACT: tl.constexpr, KEY: tl.constexpr, TMA: tl.constexpr,
+def sample(dy, x, out, rows, columns, tokens, each, dy_width, x_width, KEY,
+           ROWS: tl.constexpr, COLS: tl.constexpr, EXACT: tl.constexpr, READY: tl.constexpr, TMA: tl.constexpr,
            BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """``dy[:, row].T @ x[:, column]`` of every stored block, over one of the parts that the tokens are split into."""
     ACROSS: tl.constexpr = COLS // BK
@@ -130,43 +130,53 @@ def sample(dy, x, out, rows, columns, tokens, each, dy_width, x_width,
     tl.store(out + start + place, total.to(out.dtype.element_ty))
 
 
-def set_multiply_blocks(arguments: dict[str, Any]) -> None:
-    """Before a launch: the descriptors' tiles are those of the configuration that is tried."""
-    if not arguments["TMA"]:
-        return
-    BT, BN, BK = (arguments[name] for name in ("BT", "BN", "BK"))
-    arguments["x"].block_shape = [BT, BK]
-    arguments["values"].block_shape = [BK, BN] if arguments["TRANSPOSED"] else [BN, BK]
-    arguments["y"].block_shape = [BT, BN]
+def set_multiply_blocks(arguments: dict[str, Any]) -> bool:
+    """Before a launch: the descriptors' tiles are those of the configuration that is tried.
+
+    This is a heuristic of Triton's, which sees every launch, and no hook of a configuration: Triton keeps no tuning on disk
+    whose configurations have hooks.
+    """
+    if arguments["TMA"]:
+        BT, BN, BK = (arguments[name] for name in ("BT", "BN", "BK"))
+        arguments["x"].block_shape = [BT, BK]
+        arguments["values"].block_shape = [BK, BN] if arguments["TRANSPOSED"] else [BN, BK]
+        arguments["y"].block_shape = [BT, BN]
+    return True
 
 
-def set_sample_blocks(arguments: dict[str, Any]) -> None:
-    if not arguments["TMA"]:
-        return
-    arguments["dy"].block_shape = [arguments["BT"], arguments["BN"]]
-    arguments["x"].block_shape = [arguments["BT"], arguments["BK"]]
+def set_sample_blocks(arguments: dict[str, Any]) -> bool:
+    if arguments["TMA"]:
+        arguments["dy"].block_shape = [arguments["BT"], arguments["BN"]]
+        arguments["x"].block_shape = [arguments["BT"], arguments["BK"]]
+    return True
 
 
 def multiply_configs() -> list[triton.Config]:
     """Tiles that fit the shared memory of an H200 for every block; Triton's tuner drops those that do not fit elsewhere."""
     if interpreting():
-        return [triton.Config({"BT": 32}, num_warps=4, num_stages=2, pre_hook=set_multiply_blocks)]
+        return [triton.Config({"BT": 32}, num_warps=4, num_stages=2)]
     tried = (256, 8, 3), (256, 8, 4), (128, 4, 4), (128, 8, 3), (128, 8, 4), (64, 4, 4), (64, 4, 5)
-    return [triton.Config({"BT": tokens}, num_warps=warps, num_stages=stages, pre_hook=set_multiply_blocks)
+    return [triton.Config({"BT": tokens}, num_warps=warps, num_stages=stages)
             for tokens, warps, stages in tried]
 
 
 def sample_configs() -> list[triton.Config]:
     if interpreting():
-        return [triton.Config({"BT": 32}, num_warps=4, num_stages=2, pre_hook=set_sample_blocks)]
+        return [triton.Config({"BT": 32}, num_warps=4, num_stages=2)]
     tried = (64, 4, 3), (64, 4, 4), (64, 8, 3), (64, 8, 4), (128, 8, 3)
-    return [triton.Config({"BT": tokens}, num_warps=warps, num_stages=stages, pre_hook=set_sample_blocks)
+    return [triton.Config({"BT": tokens}, num_warps=warps, num_stages=stages)
             for tokens, warps, stages in tried]
 
 
-# The tuner keys on these arguments, the dtypes, the device and the versions, and keeps its choice in Triton's cache.
-tuned_multiply = triton.autotune(multiply_configs(), ["TARGET", "SOURCE", "TRANSPOSED", "KEY", "targets", "stored"], cache_results=True)(multiply)
-tuned_sample = triton.autotune(sample_configs(), ["ROWS", "COLS", "KEY"], cache_results=True)(sample)
+def tuned(kernel: Any, configs: list[triton.Config], key: list[str], ready: Any = lambda arguments: True) -> Any:
+    """The kernel with the fastest of its configurations for each value of ``key``, the dtypes, the device and the versions,
+    kept in Triton's cache. ``KEY`` among them (see ``bucket``) is no constant, so that it compiles nothing anew.
+    """
+    return triton.autotune(configs, key, cache_results=not interpreting())(triton.heuristics({"READY": ready})(kernel))
+
+
+tuned_multiply = tuned(multiply, multiply_configs(), ["TARGET", "SOURCE", "TRANSPOSED", "KEY", "targets", "stored"], set_multiply_blocks)
+tuned_sample = tuned(sample, sample_configs(), ["ROWS", "COLS", "KEY"], set_sample_blocks)
 
 
 def require_blocks(values: Tensor, shape: tuple[int, int]) -> None:

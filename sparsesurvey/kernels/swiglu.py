@@ -11,14 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsesurvey.kernels.block import DEEP, WIDE, Sparse, aligned, fetch, has_tma, operand, put
+from sparsesurvey.kernels.block import DEEP, WIDE, Sparse, aligned, fetch, has_tma, operand, put, tuned
 from sparsesurvey.kernels.launch import bucket, interpreting, processors
 from sparsesurvey.structure import Plan, check_activations
 
 
 @triton.jit
-def gated(x, gate, up, dh, first_out, second_out, pointers, sources, order, tokens, targets, stored, x_width, value_width, y_width,
-          TARGET: tl.constexpr, SOURCE: tl.constexpr, BACKWARD: tl.constexpr, EXACT: tl.constexpr, KEY: tl.constexpr,
+def gated(x, gate, up, dh, first_out, second_out, pointers, sources, order, tokens, targets, stored, x_width, value_width, y_width, KEY,
+          TARGET: tl.constexpr, SOURCE: tl.constexpr, BACKWARD: tl.constexpr, EXACT: tl.constexpr, READY: tl.constexpr,
           TMA: tl.constexpr, PROGRAMS: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """Forward: first_out = h. Backward: first_out = dg and second_out = du for the gradient dh."""
     PIECES: tl.constexpr = TARGET // BN
@@ -53,24 +53,24 @@ def gated(x, gate, up, dh, first_out, second_out, pointers, sources, order, toke
             put(first_out, token, column, tokens, y_width, g * share * u, BT, BN, TMA)
 
 
-def set_blocks(arguments: dict[str, Any]) -> None:
-    if not arguments["TMA"]:
-        return
+def set_blocks(arguments: dict[str, Any]) -> bool:
+    """The descriptors' tiles are those of the configuration that is tried."""
     BT, BN, BK = (arguments[name] for name in ("BT", "BN", "BK"))
     tiles = {"x": [BT, BK], "gate": [BN, BK], "up": [BN, BK], "dh": [BT, BN], "first_out": [BT, BN], "second_out": [BT, BN]}
-    for name, tile in tiles.items():
+    for name, tile in tiles.items() if arguments["TMA"] else ():
         arguments[name].block_shape = tile
+    return True
 
 
 def configs() -> list[triton.Config]:
     if interpreting():
-        return [triton.Config({"BT": 32}, num_warps=4, num_stages=2, pre_hook=set_blocks)]
+        return [triton.Config({"BT": 32}, num_warps=4, num_stages=2)]
     tried = (128, 8, 3), (128, 8, 4), (128, 8, 2), (64, 4, 3), (64, 4, 4), (64, 8, 4)
-    return [triton.Config({"BT": tokens}, num_warps=warps, num_stages=stages, pre_hook=set_blocks)
+    return [triton.Config({"BT": tokens}, num_warps=warps, num_stages=stages)
             for tokens, warps, stages in tried]
 
 
-tuned = triton.autotune(configs(), ["TARGET", "SOURCE", "BACKWARD", "KEY", "targets", "stored"], cache_results=True)(gated)
+tuned_gated = tuned(gated, configs(), ["TARGET", "SOURCE", "BACKWARD", "KEY", "targets", "stored"], set_blocks)
 
 
 def gated_plan(gate: Sparse, up: Sparse, backward: bool) -> Plan:
@@ -88,7 +88,7 @@ def gated_plan(gate: Sparse, up: Sparse, backward: bool) -> Plan:
             outs = [out.zero_() for out in outs]
         else:
             with torch.cuda.device_of(x):
-                tuned[(programs,)](
+                tuned_gated[(programs,)](
                     *(operand(matrix, tma) for matrix in (x, *weights, *(given or outs[:1]), outs[0], outs[-1])),
                     gate.pointers, gate.sources, gate.order, len(x), targets, len(weights[0]), x.shape[1], depth, targets * width,
                     **sizes, TMA=tma, BACKWARD=backward, EXACT=x.dtype == torch.float32, KEY=bucket(len(x)), PROGRAMS=programs)
