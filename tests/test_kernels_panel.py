@@ -41,6 +41,7 @@ def check(counts, height, inn, tokens, dtype, each=1, features=False):
         x = x.T.contiguous().T
     full = (dy.double().T @ x.double()).view(len(counts), height, inn, each)
     pairs = ((panel.gather_plan(*made)(x), x.double() @ dense.T), (panel.spread_plan(*made)(dy), dy.double() @ dense),
+             (panel.scatter_plan(*made)(dy), dy.double() @ dense),
              (panel.sample_plan(*made)(dy, x), torch.cat([full[at][:, name].transpose(0, 1) for at, name in enumerate(names)])))
     for got, want in pairs:
         assert got.shape == want.shape and got.dtype == dtype, (got.shape, want.shape)
@@ -102,8 +103,9 @@ def test_what_cannot_run_says_what_it_needs():
     ):
         packed = structure.pack(torch.zeros(shape, dtype=dtype))
         for product in ("spmm", "spmmt", "sddmm"):
-            with pytest.raises(Unavailable, match=reason):
-                structure.kernels(product)["triton"](packed)
+            for kernel in (name for name in structure.kernels(product) if name.startswith("triton")):
+                with pytest.raises(Unavailable, match=reason):
+                    structure.kernels(product)[kernel](packed)
 
 
 # ---- machine code
@@ -115,7 +117,7 @@ def code(kernel, dtype, height, tokens, warps, stages, capability=90, **constant
 
     from sparsesurvey.kernels import panel
 
-    kind = {"inputs": "*i32", "pointers": "*i32", "order": "*i32", "slots": "*i32", "owners": "*i32", "out": "*fp32"}
+    kind = {**dict.fromkeys(("inputs", "pointers", "order", "slots", "owners", "real"), "*i32"), "out": "*fp32", "sums": "*fp32"}
     ints = {"tokens", "panels", "each"}
     wide, _ = panel.cut(max(panel.LOW, panel.power_of_two(height)))
     fixed = {"HEIGHT": height, "PIECES": 1, "FEATURES": False, "EXACT": False, "KEY": 8192, "BT": tokens, "BN": wide, "BK": 64, "GROUP": 8}
@@ -162,6 +164,16 @@ def test_hopper_code_of_the_input_gradient(height, tokens, warps, stages):
     deep = min(64, height)
     made = code(panel.spread, "bf16", height, tokens, warps, stages, BN=128, BK=deep, PIECES=height // deep)
     check_hopper(made, "HGMMA.64x128x16.F32.BF16", 2 * stages * deep * (tokens + 128))
+
+
+@pytest.mark.parametrize("height, inputs, tokens, warps", [(128, 128, 128, 8), (64, 64, 128, 4)])
+def test_hopper_code_of_the_input_gradient_that_adds_in_memory(height, inputs, tokens, warps):
+    pytest.importorskip("triton", reason=TRITON)
+    from sparsesurvey.kernels import panel
+
+    made = code(panel.scatter, "bf16", height, tokens, warps, 2, BK=inputs)
+    assert made.count("HGMMA.64x128x16.F32.BF16") >= 1 and made.spilt == 0 and made.shared <= SHARED and made.count("LDG.E.U16") == 0
+    assert made.count("REDG.E.ADD.F32x4") >= 1 and made.count("REDG") == made.count("REDG.E.ADD.F32x4"), "four sums an operation"
 
 
 @pytest.mark.parametrize("height, inputs, tokens, warps, stages", [(128, 128, 128, 8, 3), (128, 128, 64, 4, 4), (64, 64, 64, 4, 4), (16, 64, 64, 4, 4)])

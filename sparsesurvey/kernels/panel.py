@@ -3,8 +3,11 @@
 The activations are gathered feature-major, ``x.T``: there an input is contiguous along the tokens and comes in pieces
 of 16 bytes (cp.async), where a column of a row-major matrix would come in single numbers. Who hands over a transposed
 view of a feature-major matrix saves the copy, and gets its result feature-major too. A gather by tensor descriptor
-would need Blackwell. The input gradient needs no gather of activations and adds in registers: it does all of the dense
-arithmetic, from the compressed weights, because what a panel keeps is no help to sums over the outputs.
+would need Blackwell.
+
+What a panel keeps is no help to the input gradient's sums over the outputs. There are two ways: ``spread`` adds in
+registers and does all of the dense arithmetic, from the compressed weights; ``scatter`` does that of the panels only,
+and adds in memory, which takes high panels that keep little to be worth it.
 """
 
 from typing import NamedTuple, Protocol
@@ -15,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsesurvey.kernels.block import aligned, split
-from sparsesurvey.kernels.features import feature_major
+from sparsesurvey.kernels.features import ROUND, feature_major
 from sparsesurvey.kernels.launch import bucket, interpreting, processors, require
 from sparsesurvey.structure import Plan, Shape, Unavailable, check_activations, check_pair
 
@@ -134,6 +137,26 @@ def spread(dy, weights, dx, slots, tokens, panels, dy_width, value_width, x_widt
 
 
 @triton.jit
+def scatter(dy, weights, sums, inputs, owners, real, tokens, dy_width, value_width, x_width,
+            HEIGHT: tl.constexpr, PIECES: tl.constexpr, EXACT: tl.constexpr, KEY: tl.constexpr,
+            BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """``sums[inputs] += weights @ dy[:, panel].T`` of BK of a panel's inputs, the first ``real`` of them, for BT tokens."""
+    strips = tl.cdiv(tokens, BT)
+    block, token = tl.program_id(0) // strips, tl.program_id(0) % strips * BT + tl.arange(0, BT)
+    panel, line, here = tl.load(owners + block), tl.arange(0, BK), token < tokens
+    total = tl.zeros((BK, BT), dtype=tl.float32)
+    for piece in tl.range(0, PIECES):
+        across = piece * BN + tl.arange(0, BN)
+        left = tl.load(weights + (block * BK + line).to(tl.int64)[:, None] * value_width + across[None, :])
+        right = tl.load(dy + token.to(tl.int64)[None, :] * dy_width + panel * HEIGHT + across[:, None],
+                        mask=here[None, :] & (across < HEIGHT)[:, None], other=0.0)
+        total = tl.dot(left, right, total, input_precision="ieee" if EXACT else None)
+    target = tl.load(inputs + block * BK + line).to(tl.int64)[:, None] * x_width + token[None, :]
+    there = (token < x_width)[None, :] & (line < tl.load(real + block))[:, None]  # the rows of sums are filled up
+    tl.atomic_add(sums + target, total, mask=there, sem="relaxed")
+
+
+@triton.jit
 def sample(xt, dy, out, inputs, owners, tokens, row_width, each, x_width, dy_width, value_width,
            HEIGHT: tl.constexpr, PIECES: tl.constexpr, EXACT: tl.constexpr, KEY: tl.constexpr,
            BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
@@ -165,11 +188,13 @@ def configs(tried: tuple[tuple[int, int, int], ...], **fixed: int) -> list[trito
 
 FORWARD = (16, 4, 4), (64, 4, 4), (128, 4, 4), (128, 8, 4), (256, 8, 3), (256, 8, 4)
 BACKWARD = (16, 4, 4), (64, 4, 4), (128, 8, 3), (128, 8, 4), (256, 8, 3)
+SCATTER = (16, 4, 2), (64, 4, 2), (128, 4, 2), (128, 8, 2), (256, 8, 2)
 GRADIENT = (64, 4, 3), (64, 4, 4), (64, 8, 4), (128, 8, 3)
 
 # The tuner keys on these arguments, the dtypes, the device and the versions, and keeps its choice in Triton's cache.
 tuned_gather = triton.autotune(configs(FORWARD, GROUP=8), ["HEIGHT", "PIECES", "BN", "KEY", "panels"], cache_results=True)(gather)
 tuned_spread = triton.autotune(configs(BACKWARD, GROUP=8), ["HEIGHT", "PIECES", "BK", "KEY", "panels"], cache_results=True)(spread)
+tuned_scatter = triton.autotune(configs(SCATTER), ["HEIGHT", "PIECES", "BN", "BK", "KEY"], reset_to_zero=["sums"], cache_results=True)(scatter)
 tuned_sample = triton.autotune(configs(GRADIENT), ["HEIGHT", "PIECES", "BN", "BK", "KEY"], cache_results=True)(sample)
 
 
@@ -235,6 +260,39 @@ def spread_plan(panels: list[Panel], grid: Shape, like: Tensor) -> Plan:
     return run
 
 
+def scatter_plan(panels: list[Panel], grid: Shape, like: Tensor) -> Plan:
+    """Plan of ``dx[:, inputs] += dy[:, panel] @ weight.T`` for every panel: only their arithmetic, but sums in memory.
+
+    They are in float32, feature-major, added to by atomic operations: in no fixed order, so that their rounding may differ
+    from run to run.
+    """
+    require_panels(like, like.shape[1])
+    stacked = stack(panels, grid, like)
+    (stored, width), step, (out, inn) = stacked.weights.shape, stacked.step, stacked.shape
+    owners, deep = owner(stacked), min(width, WIDE)
+    listed = torch.zeros(stored, dtype=torch.int32, device=like.device).index_fill_(0, stacked.places, 1)
+    real = listed.view(-1, step).sum(1, dtype=torch.int32)
+
+    def run(dy: Tensor) -> Tensor:
+        dy = aligned(check_activations("dy", dy, out, like).contiguous())
+        sums = torch.zeros(inn, -(-len(dy) // ROUND) * ROUND, dtype=torch.float32, device=dy.device)
+        if len(dy) and stored:
+            programs = lambda chosen: (triton.cdiv(len(dy), chosen["BT"]) * (stored // step),)
+            with torch.cuda.device_of(dy):
+                tuned_scatter[programs](
+                    dy, stacked.weights, sums, stacked.inputs, owners, real, len(dy), out, width, sums.shape[1],
+                    HEIGHT=stacked.height, PIECES=width // deep, EXACT=dy.dtype == torch.float32, KEY=bucket(len(dy)), BN=deep, BK=step)
+        return torch.empty(len(dy), inn, dtype=dy.dtype, device=dy.device).copy_(sums.T[: len(dy)])
+
+    return run
+
+
+def owner(stacked: Panels) -> Tensor:
+    """The panel of each ``step`` rows of the weights, int32."""
+    first = torch.arange(0, len(stacked.weights), stacked.step, device=stacked.weights.device)
+    return torch.searchsorted(stacked.pointers[1:].long(), first, right=True).int()
+
+
 def find(stacked: Panels) -> Tensor:
     """Where each panel's weights of each input are, int32 ``[panels + 1, in]``: -1 for nowhere, as all of the last line."""
     panels, inn = len(stacked.order), stacked.shape[1]
@@ -257,7 +315,7 @@ def sample_plan(panels: list[Panel], grid: Shape, like: Tensor) -> Plan:
     (stored, width), step = stacked.weights.shape, stacked.step
     tile, pieces = cut(width)
     blocks = stored // step
-    owners = torch.searchsorted(stacked.pointers[1:].long(), torch.arange(0, stored, step, device=like.device), right=True).int()
+    owners = owner(stacked)
 
     def run(dy: Tensor, x: Tensor) -> Tensor:
         dy, x = check_pair(dy, x, stacked.shape, like)

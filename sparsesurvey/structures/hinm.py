@@ -272,6 +272,9 @@ class HiNM(Pattern):
     def spmmt_triton(self, packed: PackedHiNM) -> Plan:
         return panel_code().spread_plan(*self.parts(packed))
 
+    def spmmt_triton_scatter(self, packed: PackedHiNM) -> Plan:
+        return panel_code().scatter_plan(*self.parts(packed))
+
     def sddmm_triton(self, packed: PackedHiNM) -> Plan:
         return self.of_the_kept(panel_code().sample_plan(*self.parts(packed)), packed)
 

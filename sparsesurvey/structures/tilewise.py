@@ -221,6 +221,9 @@ class TileWise(Pattern):
     def spmmt_triton(self, packed: PackedTW) -> Plan:
         return self.taken(panel_code().spread_plan(*self.panels(packed)), packed)
 
+    def spmmt_triton_scatter(self, packed: PackedTW) -> Plan:
+        return self.taken(panel_code().scatter_plan(*self.panels(packed)), packed)
+
     def sddmm_triton(self, packed: PackedTW) -> Plan:
         return self.sampled(panel_code().sample_plan(*self.panels(packed)), packed)
 

@@ -201,6 +201,9 @@ class TVW(Pattern):
     def spmmt_triton(self, packed: PackedTVW) -> Plan:
         return panel_code().spread_plan(*self.panels(packed))
 
+    def spmmt_triton_scatter(self, packed: PackedTVW) -> Plan:
+        return panel_code().scatter_plan(*self.panels(packed))
+
     def sddmm_triton(self, packed: PackedTVW) -> Plan:
         return self.of_the_kept(panel_code().sample_plan(*self.panels(packed)), packed)
 

@@ -171,6 +171,9 @@ class VectorNM(Pattern):
     def spmmt_triton(self, packed: PackedVectorNM) -> Plan:
         return panel_code().spread_plan(self.panels(packed), *self.outlines(packed))
 
+    def spmmt_triton_scatter(self, packed: PackedVectorNM) -> Plan:
+        return panel_code().scatter_plan(self.panels(packed), *self.outlines(packed))
+
     def sddmm_triton(self, packed: PackedVectorNM) -> Plan:
         return self.in_rows(panel_code().sample_plan(self.panels(packed), *self.outlines(packed)), packed)
 

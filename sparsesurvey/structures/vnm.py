@@ -241,6 +241,9 @@ class VNM(Pattern):
     def spmmt_triton(self, packed: PackedVNM) -> Plan:
         return panel_code().spread_plan(*self.panels(packed))
 
+    def spmmt_triton_scatter(self, packed: PackedVNM) -> Plan:
+        return panel_code().scatter_plan(*self.panels(packed))
+
     def sddmm_triton(self, packed: PackedVNM) -> Plan:
         order, run = self.places(packed).flatten(), panel_code().sample_plan(*self.panels(packed))
         return lambda dy, x: run(dy, x).flatten().index_select(0, order).view(packed.values.shape)
