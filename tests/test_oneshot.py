@@ -85,8 +85,8 @@ def test_the_ladder_changes_one_thing_at_a_time():
 
 
 def test_time_and_memory_are_rows(tmp_path):
-    seconds, memory = pruning_time(wanda, NM(2, 4), "markov", 4, 32, record=str(tmp_path))
-    assert seconds.unit == "s" and memory.value > seconds.at["weights"] and seconds.method == "wanda"
+    seconds, busy, memory = pruning_time(wanda, NM(2, 4), "markov", 4, 32, record=str(tmp_path))
+    assert seconds.unit == busy.unit == "s" and memory.value > seconds.at["weights"] and seconds.method == "wanda"
     assert len(list(tmp_path.rglob("pruning.jsonl"))) == 1
 
 
