@@ -12,7 +12,11 @@ costs nothing: ``fold`` gives it to the outputs of gate_proj and up_proj and to 
 [7, 4, 3, 0, 6, 5, 2, 1]
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
+from copy import deepcopy
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
@@ -22,6 +26,9 @@ from sparsesurvey.assignment import improve, kept_share
 from sparsesurvey.linear import MLP
 from sparsesurvey.sparsegpt import chooses_alone
 from sparsesurvey.structure import Pattern, check_int, check_weight, describe
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Finder = Callable[[Pattern, Tensor], Tensor]  # structure, scores -> order
 
@@ -180,6 +187,35 @@ def fold(model: nn.Module, orders: Tensor | Mapping[str, Tensor]) -> None:
             for part in rows:
                 part.copy_(part[order])
             mlp.down_proj.weight.copy_(mlp.down_proj.weight[:, order])
+
+
+def folded(model: nn.Module, orders: Tensor | Mapping[str, Tensor]) -> nn.Module:
+    """A copy of the model, its hidden features in other orders, see ``fold``; ``{}`` leaves all as they are."""
+    model = deepcopy(model)
+    fold(model, orders)
+    return model
+
+
+def draw(structure: Pattern, scores: Tensor, orders: Mapping[str, Tensor]) -> Figure:
+    """What is kept in each order, darker = higher scores, with the inputs in it; below, the mean score of each place."""
+    import matplotlib.pyplot as plt
+
+    from sparsesurvey import figures
+
+    figure, axes = plt.subplots(2, len(orders), figsize=(3.5 * len(orders), 3.0), sharex="col", sharey="row", squeeze=False,
+                                gridspec_kw={"height_ratios": [3, 1]})
+    for (name, order), (above, below) in zip(orders.items(), axes.T):
+        ordered = scores[:, order]
+        figures.pattern(structure, structure.mask(ordered), ordered, above)
+        above.set(aspect="auto", xlabel="", ylabel="", title=f"{name}: {kept_share(structure, scores, order):.1%} kept")
+        below.bar(range(len(order)), ordered.mean(0).numpy(), width=1.0, color=figures.COLOURS["dense"])
+        for edge in range(structure.tile[1], len(order), structure.tile[1]):
+            below.axvline(edge - 0.5, color="#888888", linewidth=0.5, alpha=0.7)
+        below.set(xlabel="inputs in this order", yticks=[])
+        below.grid(False)
+    axes[0, 0].set_ylabel("out")
+    axes[1, 0].set_ylabel("mean score")
+    return figure
 
 
 def check_order(order: Tensor, size: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from itertools import permutations
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from sparsesurvey.calibration import calibrate
 from sparsesurvey.pruning import channel_scaled
 from sparsesurvey.reconstruction import correlated, output_error
 from sparsesurvey.shuffles import (
-    compare, deal, e_sparse_order, fold, gated, hidden_orders, mask_in, ria_order, snake, swapped,
+    compare, deal, e_sparse_order, fold, folded, gated, hidden_orders, mask_in, ria_order, snake, swapped,
 )
 from sparsesurvey.structures import NM, VNM, Block, Permuted
 
@@ -135,6 +136,22 @@ def test_a_folded_mistral_computes_the_same_and_keeps_more():
     assert (model(ids).logits - expected).abs().max() < 1e-12
     after = share(calibrate(model, [ids], progress=False))
     assert all(now > then for now, then in zip(after, before))
+
+
+def test_folded_leaves_the_model_itself_alone():
+    mlp = Gated()
+    before = mlp.up_proj.weight.detach().clone()
+    other = folded(mlp, torch.arange(32).flip(0))
+    assert torch.equal(mlp.up_proj.weight, before) and torch.equal(other.up_proj.weight, before.flip(0))
+    assert torch.equal(folded(mlp, {}).up_proj.weight, before)
+
+
+def test_draw_has_a_column_for_each_order():
+    scores = channel_scaled((8, 16)).abs()
+    figure = shuffles.draw(NM(2, 4), scores, {"as they are": torch.arange(16), "dealt": deal(scores, 4)})
+    share = kept_share(NM(2, 4), scores, deal(scores, 4))
+    assert [ax.get_title() for ax in figure.axes][1] == f"dealt: {share:.1%} kept" and len(figure.axes) == 4
+    plt.close(figure)
 
 
 def test_an_order_that_does_not_fit_leaves_the_model_as_it_was():
