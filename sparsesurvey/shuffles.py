@@ -214,7 +214,7 @@ def draw(structure: Pattern, scores: Tensor, orders: Mapping[str, Tensor]) -> Fi
         below.set(xlabel="inputs in this order", yticks=[])
         below.grid(False)
     axes[0, 0].set_ylabel("out")
-    axes[1, 0].set_ylabel("mean score")
+    axes[1, 0].set_ylabel("score")
     return figure
 
 
