@@ -1,4 +1,4 @@
-"""The CUDA kernel for panels with 2:4 inside, without a GPU: its layout, its source run on a CPU, its machine code."""
+"""The CUDA kernel for panels with 2:4 inside: its layout, its source run on a CPU, its machine code, and a GPU if there is one."""
 
 import ctypes
 import shutil
@@ -272,3 +272,24 @@ def test_machine_code_of_the_other_variants():
     for architecture in "sm_80", "sm_90a", "sm_100a":
         made = compiled(tile, architecture, bfloat=0, features=1)
         assert made.count("HMMA.SP.16832.F32") and not made.count("HMMA.SP.16832.F32.BF16") and made.spilt == 0
+
+
+# ---- where there is a GPU
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("structure, shape", [
+    (VNM(16, 2, 8), (48, 264)), (VNM(64, 2, 8), (256, 1024)), (VNM(128, 1, 16), (512, 1024)), (HiNM(32), (96, 192)), (TVW(32, 0.3), (96, 160)),
+    (NM(2, 4), (160, 320)),
+], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_on_a_gpu_it_equals_float64(structure, shape, dtype):
+    """Few tokens and many, none, one and an odd number, row-major and feature-major."""
+    packed = structure.pack(structure.project(draw(*shape, dtype=dtype).cuda()))
+    run, weight = structure.spmm_cuda(packed), structure.unpack(packed).double()
+    for tokens in 0, 1, 45, 1000, 4096:
+        x = draw(tokens, shape[1], dtype=dtype, seed=1).cuda()
+        for given in x, x.T.contiguous().T:
+            want = x.double() @ weight.T
+            error = (run(given).double() - want).abs().max() / want.abs().max() if tokens else 0
+            assert error < 2 * torch.finfo(dtype).eps, (tokens, float(error))
