@@ -258,6 +258,11 @@ def test_wrong_arguments_of_layer_by_layer_are_named(options, what):
         quiet(make(), tokens(), **options)
 
 
+def test_the_region_is_a_block_or_the_model():
+    with pytest.raises(ValueError, match="region must be 'block' or 'model', got 'layer'"):
+        calibrate(make(), tokens(), want=("gradient",), region="layer", progress=False)
+
+
 @pytest.mark.parametrize("batches, what", [
     ([], "batches must not be empty"),
     ([torch.randn(2, 16)], "batches must be token ids .sequences, tokens. without padding, got torch.float32 .2, 16."),
