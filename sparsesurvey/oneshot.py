@@ -19,6 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from sparsesurvey.alps import alps
+from sparsesurvey.calibration import calibrate
 from sparsesurvey.data import Language, markov, windows
 from sparsesurvey.experiments import LOSS, SOURCE, Job, trained
 from sparsesurvey.measure import Machine, Measurement, code_of, live, recorded
@@ -123,6 +124,29 @@ def _measure(job: Job, model: nn.Module, structure: Structure | None, name: str,
                            machine=Machine.current(config.device))
 
 
+def spreads(seeds: Sequence[int] = (0,), language: Language | None = None, model: str = "markov",
+            config: TrainConfig = TrainConfig(), sequences: int = 128, record: str = "") -> list[Measurement]:
+    """How much norms differ within a layer, over calibration tokens: standard deviation over mean, averaged over layers; rows.
+
+    Of "inputs", the channels that gate_proj reads, and of "neurons", what it and up_proj make: down_proj's input.
+    """
+    language = markov() if language is None else language
+    rows = []
+    for seed in seeds:
+        job = Job(None, seed, language, model, config, Recipe())
+        dense = trained(None, seed, language, model, config, record=record)
+        seen = calibrate(dense, samples(language.train, sequences, config.seq, 0, config.batch), ("gate_proj",),
+                         ("output_square",), progress=False)
+        for what in ("norms", "output_norms"):
+            each = [float(norms.std() / norms.mean()) for norms in (getattr(one, what)() for one in seen.values())]
+            row = Measurement.now("spread", "1", sum(each) / len(each), low=min(each), high=max(each), structure="dense",
+                                  method="inputs" if what == "norms" else "neurons", at={**job.at(), "sequences": sequences},
+                                  source=f"{SOURCE},sparsesurvey.calibration", machine=Machine.current(config.device))
+            write_row(row, CHAPTER, record)
+            rows.append(row)
+    return rows
+
+
 def pruning_time(method: Method, structure: Structure, model: str = "162m", sequences: int = 16, length: int = 512,
                  record: str = "") -> tuple[Measurement, ...]:
     """Time to prune a model of random weights on random tokens, by the clock and of the processor (all cores together), and
@@ -150,7 +174,7 @@ def pruning_time(method: Method, structure: Structure, model: str = "162m", sequ
 
 def increases(rows: Iterable[Measurement]) -> dict[tuple[str, str], dict[tuple[int, int], float]]:
     """By (method, structure), then by (seed of the model, of the calibration): the loss above the same model's, dense."""
-    rows = list(rows)
+    rows = [row for row in rows if row.metric == LOSS]
     dense = {row.at["settings"]: row.value for row in rows if row.structure == "dense"}  # its hash covers the seed
     found: dict[tuple[str, str], dict[tuple[int, int], float]] = {}
     for row in rows:

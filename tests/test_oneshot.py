@@ -84,6 +84,13 @@ def test_the_ladder_changes_one_thing_at_a_time():
     assert list(LADDER)[0] == "Wanda" and LADDER["DaSS as released"] is released
 
 
+def test_spreads_of_norms(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSESURVEY_RUNS", str(tmp_path / "runs"))
+    inputs, neurons = oneshot.spreads((0,), LANGUAGE, config=TINY, sequences=16, record=str(tmp_path))
+    assert (inputs.method, neurons.method) == ("inputs", "neurons")
+    assert 0 < inputs.low <= inputs.value <= inputs.high and neurons.value > 0
+
+
 def test_time_and_memory_are_rows(tmp_path):
     seconds, busy, memory = pruning_time(wanda, NM(2, 4), "markov", 4, 32, record=str(tmp_path))
     assert seconds.unit == busy.unit == "s" and memory.value > seconds.at["weights"] and seconds.method == "wanda"
