@@ -32,7 +32,7 @@ def definition(structures: Iterable[Structure], shape: Shape = (4096, 14336), it
         "structure": str(item), "density": density(item, (512, 512)),
         "bits a weight": 8 * item.cost(shape, 1, itemsize).weight_bytes / (shape[0] * shape[1]) if fits(item, shape) else None,
     } for item in structures]).set_index("structure")
-    for label, weight in (("Gaussian", gaussian((512, 512))), ("channel-scaled", channel_scaled((512, 512)))):
+    for label, weight in (("Gaussian", gaussian((512, 512))), ("scaled", channel_scaled((512, 512)))):
         frame[f"kept, {label}"] = retention(weight, structures).set_index("structure")["share of best"]
     return frame.rename_axis(None)
 
@@ -76,5 +76,5 @@ def price(gaps: pd.DataFrame) -> Figure:
                     color=figures.colour(line.structure))
     ax.axvline(0, color=figures.COLOURS["dense"], linewidth=1, linestyle=":")
     ax.set(yticks=range(len(gaps)), yticklabels=gaps["structure"], ylim=(len(gaps) - 0.4, -0.6),
-           xlabel=f"loss above dense of the same seed, mean and range of {gaps['seeds'].max()} seeds")
+           xlabel=f"loss above dense of the same seed, mean and range of up to {gaps['seeds'].max()} seeds")
     return figure
