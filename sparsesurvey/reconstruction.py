@@ -6,6 +6,7 @@ weights makes this small.
 """
 
 import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,8 @@ from sparsesurvey.structure import Pattern, check_weight, describe
 
 STEP, FIRST, LAST = 10.0, 1e-8, 10.0  # how damping is raised: by what factor, from where if it was 0, up to where
 MEMORY = 2**28  # bytes that refit may take for its equations
+
+Score = Callable[[Tensor, object], Tensor]
 
 
 class DampingRaised(UserWarning):
@@ -113,8 +116,10 @@ def _solved(gram: Tensor, supports: Tensor, which: Tensor, target: Tensor) -> Te
     width = int(supports.sum(1).max())
     places = supports.int().argsort(dim=1, descending=True, stable=True)[:, :width]  # what is kept, then padding
     real = supports.gather(1, places)
-    matrix = gram[places[:, :, None], places[:, None, :]] * (real[:, :, None] & real[:, None, :])
-    matrix.diagonal(dim1=1, dim2=2).add_((~real).to(gram.dtype))
+    matrix = gram[places[:, :, None], places[:, None, :]]
+    if not real.all():
+        matrix *= real[:, :, None] & real[:, None, :]
+        matrix.diagonal(dim1=1, dim2=2).add_((~real).to(gram.dtype))
     order = which.argsort(stable=True)  # a support's rows side by side, as its right-hand sides
     first = torch.searchsorted(which[order], torch.arange(len(supports), device=which.device))
     column = torch.empty_like(which)
@@ -123,6 +128,17 @@ def _solved(gram: Tensor, supports: Tensor, which: Tensor, target: Tensor) -> Te
     sides[which, column] = target.gather(1, places[which]) * real[which]
     solution = torch.cholesky_solve(sides.mT, torch.linalg.cholesky(matrix)).mT[which, column]
     return torch.zeros_like(target).scatter_(1, places[which], solution * real[which])
+
+
+def refitted(weight: Tensor, structure: Pattern, inputs: object, score: Score, damp: float = 0.01,
+             dtype: torch.dtype = torch.float32) -> Pruned:
+    """A pruner made of a score: the structure chooses from it, ``refit`` gives the best values.
+
+    ``functools.partial(refitted, score=wanda)`` is one for ``prune_model``. It costs far more than SparseGPT, see ``refit``.
+    """
+    check_pattern(structure, "refitted")
+    mask = structure.mask(score(weight, inputs))
+    return Pruned(refit(weight, mask, inputs, damp, dtype), mask)
 
 
 def check_pattern(structure: object, who: str) -> None:

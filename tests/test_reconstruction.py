@@ -1,14 +1,18 @@
 """Least squares on a support, by enumeration and by a solver that sees the inputs; damping; bad grams."""
 
 import warnings
+from functools import partial
 from itertools import combinations, product
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from sparsesurvey import mistral
 from sparsesurvey.alps import alps
-from sparsesurvey.reconstruction import DampingRaised, damped, output_error, refit
+from sparsesurvey.models import prune_model
+from sparsesurvey.reconstruction import DampingRaised, damped, output_error, refit, refitted
+from sparsesurvey.scores import magnitude, wanda
 from sparsesurvey.sparsegpt import sparsegpt
 from sparsesurvey.structures import NM, Block, Unstructured
 
@@ -45,6 +49,19 @@ def test_refit_is_least_squares(mask):
     fitted = refit(weight, mask, inputs)
     assert not fitted[~mask].any()
     torch.testing.assert_close(fitted, by_lstsq(weight, mask, x), rtol=1e-7, atol=1e-7)
+
+
+def test_a_score_and_refit_make_a_pruner():
+    weight, _, inputs = seen(12, 16, 64)
+    pruner = partial(refitted, score=magnitude, damp=0, dtype=torch.float64)
+    found, mask = pruner(weight, NM(2, 4), inputs)
+    assert torch.equal(mask, NM(2, 4).mask(weight.abs())) and torch.equal(found, refit(weight, mask, inputs))
+    model = mistral.build("markov").eval()
+    batches = [torch.randint(0, 32, (4, 64), generator=torch.Generator().manual_seed(0))]
+    report = prune_model(model, NM(2, 4), partial(refitted, score=wanda), batches, progress=False)
+    assert report.density == 0.5
+    with pytest.raises(ValueError, match="with a mask"):
+        refitted(weight, "2:4", inputs, magnitude)
 
 
 def test_refit_in_pieces_is_the_same(monkeypatch):
