@@ -16,7 +16,7 @@ from sparsesurvey.calibration import Inputs, inputs_of
 from sparsesurvey.structure import Pattern, check_weight, describe
 
 STEP, FIRST, LAST = 10.0, 1e-8, 10.0  # how damping is raised: by what factor, from where if it was 0, up to where
-MEMORY = 2**28  # bytes that refit may take for its equations
+MEMORY = {"cpu": 2**23, "cuda": 2**28}  # bytes that refit takes for equations at a time: what a cache holds, or a launch is worth
 
 Score = Callable[[Tensor, object], Tensor]
 
@@ -93,7 +93,7 @@ def refit(weight: Tensor, mask: Tensor, inputs: object, damp: float = 0.0, dtype
 
     Each row is a least-squares problem of its own, ``w_S = (H_SS)^-1 (H w)_S``, solved exactly by Cholesky; rows with
     the same support share the factor. With ``damp`` the distance to the dense weights counts as well, as everywhere here.
-    Work: a third of ``kept^3`` for every support; memory ``MEMORY`` beside the weight, or what one support needs.
+    Work: a third of ``kept^3`` for every support; memory some copies of the weight and ``MEMORY``, or what one support needs.
     """
     gram = gram_of(weight, inputs, dtype, "refit")
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != weight.shape:
@@ -104,7 +104,7 @@ def refit(weight: Tensor, mask: Tensor, inputs: object, damp: float = 0.0, dtype
     supports, which = mask.unique(dim=0, return_inverse=True)
     fitted = torch.zeros_like(dense)
     width = int(supports.sum(1).max()) if mask.numel() else 0
-    together = max(1, MEMORY // (3 * gram.element_size() * max(width, 1) ** 2))
+    together = max(1, MEMORY.get(gram.device.type, 2**28) // (3 * gram.element_size() * max(width, 1) ** 2))
     for start in range(0, len(supports) if width else 0, together):
         rows = ((which >= start) & (which < start + together)).nonzero().flatten()
         fitted[rows] = _solved(gram, supports[start:start + together], which[rows] - start, target[rows])
@@ -147,7 +147,8 @@ def check_pattern(structure: object, who: str) -> None:
         raise ValueError(f"{who} needs a structure with a mask (a Pattern), got {structure!r}")
 
 
-def correlated(seed: int = 0, size: int = 256, tokens: int = 2048, loud: float = 15.0, alike: float = 0.0) -> tuple[Tensor, Inputs]:
+def correlated(seed: int = 0, size: int = 256, tokens: int = 2048, loud: float = 15.0,
+               alike: float = 0.0) -> tuple[Tensor, Inputs]:
     """A Gaussian weight ``[size, size]`` and inputs as a layer sees them: correlated, four of them ``loud`` times the others.
 
     With ``alike`` above 0 every eight neighbours have one log-normal scale of that spread, so that groups of neighbours

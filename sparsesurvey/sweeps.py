@@ -40,7 +40,8 @@ def draw(done: Sweep, moments: Sequence[int], corner: tuple[int, int] = (24, 64)
         pruned = ~done.mask[:out, :inn] & (torch.arange(inn) < moment)
         moved = (now - dense).abs().masked_fill(pruned, 0)
         for ax, image, shades in zip(axes[:, column], (now.abs().masked_fill(pruned, 0), moved), maps):
-            ax.imshow((image / top).clamp(max=1).sqrt().numpy(), cmap=shades, vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+            ax.imshow((image / top).clamp(max=1).sqrt().numpy(), cmap=shades, vmin=0, vmax=1, interpolation="nearest",
+                      aspect="auto")
             ax.axvline(moment - 0.5, color=figures.COLOURS["V:N:M"], linewidth=1.2)
             ax.set(xticks=[], yticks=[])
             ax.grid(False)
@@ -88,6 +89,7 @@ def choices(structures: Iterable[Pattern], shape: tuple[int, int], weight: Tenso
     for structure in structures:
         done = sweep(weight, structure, inputs)
         width = columns_at_a_time(structure, shape)
-        lines[str(structure)] = [f"{width} inputs" if width < shape[1] else "all, once", round(float(done.mask.double().mean()), 4),
-                                 *(round(output_error(weight, one, inputs), 4) for one in (weight * done.mask, done.weight))]
+        numbers = [float(done.mask.double().mean()), output_error(weight, weight * done.mask, inputs),
+                   output_error(weight, done.weight, inputs)]
+        lines[str(structure)] = [f"{width} inputs" if width < shape[1] else "all, once", *(round(one, 4) for one in numbers)]
     return pd.DataFrame(lines, ["chosen at a time", "density", "its mask alone", "SparseGPT"]).T

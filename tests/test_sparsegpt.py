@@ -85,7 +85,8 @@ def test_agrees_with_a_plain_loop_over_the_inputs(structure, width):
     torch.testing.assert_close(single[same].double(), found[same], rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("structure", [NM(2, 4), VNM(16, 2, 8), Unstructured(0.3), Block(16, 16, 0.5), TileWise(16, 0.5)], ids=str)
+@pytest.mark.parametrize("structure", [NM(2, 4), VNM(16, 2, 8), Unstructured(0.3), Block(16, 16, 0.5), TileWise(16, 0.5)],
+                         ids=str)
 def test_without_correlation_it_is_magnitude(structure):
     weight, _ = layer(64, 64)
     found, mask = sparsegpt(weight, structure, diagonal(torch.ones(64)), block=64)
@@ -169,7 +170,7 @@ def test_the_order_of_the_methods_on_correlated_inputs():
 
 
 def synthetic(seed=0, size=256, tokens=2048):
-    """Correlated inputs of which four channels are 15 times as loud; what of it was not recorded is fitted to the four numbers."""
+    """Correlated inputs, four channels 15 times as loud; what the four numbers' own case left open is fitted to them."""
     draw = torch.Generator().manual_seed(seed)
     weight, mixing = (torch.randn(size, size, generator=draw) for _ in range(2))
     x = torch.randn(tokens, size, generator=draw) @ mixing / 16 + 0.3 * torch.randn(tokens, size, generator=draw)
