@@ -31,6 +31,7 @@ OTHERS = ("#CC79A7", "#56B4E9", "#8C6BB1", "#A6761D", "#66A61E")
 def style() -> None:
     """Set the book's look: crisp images in a notebook, thin axes, a light grid, tables whose text is not cut."""
     pd.set_option("display.max_colwidth", None)
+    pd.set_option("display.max_rows", 250)
     plt.rcParams.update({
         "figure.constrained_layout.use": True, "figure.dpi": 100, "figure.figsize": (7.2, 3.4), "font.size": 10,
         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,

@@ -118,9 +118,9 @@ def code(kernel, dtype, height, tokens, warps, stages, capability=90, **constant
     from sparsesurvey.kernels import panel
 
     kind = {**dict.fromkeys(("inputs", "pointers", "order", "slots", "owners", "real"), "*i32"), "out": "*fp32", "sums": "*fp32"}
-    ints = {"tokens", "panels", "each"}
+    ints = {"tokens", "panels", "each", "KEY"}
     wide, _ = panel.cut(max(panel.LOW, panel.power_of_two(height)))
-    fixed = {"HEIGHT": height, "PIECES": 1, "FEATURES": False, "EXACT": False, "KEY": 8192, "BT": tokens, "BN": wide, "BK": 64, "GROUP": 8}
+    fixed = {"HEIGHT": height, "PIECES": 1, "FEATURES": False, "EXACT": False, "BT": tokens, "BN": wide, "BK": 64, "GROUP": 8}
     fixed = {name: constants.get(name, value) for name, value in fixed.items() if name in kernel.arg_names}
     types = {name: kind.get(name, "i32" if name in ints or name.endswith("_width") else f"*{dtype}")
              for name in kernel.arg_names if name not in fixed}

@@ -76,8 +76,8 @@ def power_of_two(size: int) -> int:
 
 
 @triton.jit
-def gather(xt, weights, y, inputs, pointers, order, tokens, row_width, panels, x_width, value_width, y_width,
-           HEIGHT: tl.constexpr, PIECES: tl.constexpr, FEATURES: tl.constexpr, EXACT: tl.constexpr, KEY: tl.constexpr,
+def gather(xt, weights, y, inputs, pointers, order, tokens, row_width, panels, x_width, value_width, y_width, KEY,
+           HEIGHT: tl.constexpr, PIECES: tl.constexpr, FEATURES: tl.constexpr, EXACT: tl.constexpr,
            BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
     """``y[:, panel] = xt[inputs].T @ weights`` for one panel and BT tokens.
 
@@ -111,8 +111,8 @@ def gather(xt, weights, y, inputs, pointers, order, tokens, row_width, panels, x
 
 
 @triton.jit
-def spread(dy, weights, dx, slots, tokens, panels, dy_width, value_width, x_width,
-           HEIGHT: tl.constexpr, PIECES: tl.constexpr, EXACT: tl.constexpr, KEY: tl.constexpr,
+def spread(dy, weights, dx, slots, tokens, panels, dy_width, value_width, x_width, KEY,
+           HEIGHT: tl.constexpr, PIECES: tl.constexpr, EXACT: tl.constexpr,
            BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
     """``dx[:, some inputs] = dy @ W`` for BT tokens: of every panel the weights of those inputs that it has, else zeros."""
     strips, sides = tl.cdiv(tokens, BT), tl.cdiv(x_width, BN)
@@ -137,8 +137,8 @@ def spread(dy, weights, dx, slots, tokens, panels, dy_width, value_width, x_widt
 
 
 @triton.jit
-def scatter(dy, weights, sums, inputs, owners, real, tokens, dy_width, value_width, x_width,
-            HEIGHT: tl.constexpr, PIECES: tl.constexpr, EXACT: tl.constexpr, KEY: tl.constexpr,
+def scatter(dy, weights, sums, inputs, owners, real, tokens, dy_width, value_width, x_width, KEY,
+            HEIGHT: tl.constexpr, PIECES: tl.constexpr, EXACT: tl.constexpr,
             BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """``sums[inputs] += weights @ dy[:, panel].T`` of BK of a panel's inputs, the first ``real`` of them, for BT tokens."""
     strips = tl.cdiv(tokens, BT)
@@ -157,8 +157,8 @@ def scatter(dy, weights, sums, inputs, owners, real, tokens, dy_width, value_wid
 
 
 @triton.jit
-def sample(xt, dy, out, inputs, owners, tokens, row_width, each, x_width, dy_width, value_width,
-           HEIGHT: tl.constexpr, PIECES: tl.constexpr, EXACT: tl.constexpr, KEY: tl.constexpr,
+def sample(xt, dy, out, inputs, owners, tokens, row_width, each, x_width, dy_width, value_width, KEY,
+           HEIGHT: tl.constexpr, PIECES: tl.constexpr, EXACT: tl.constexpr,
            BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """``xt[inputs] @ dy[:, panel]`` of BK of a panel's inputs, over one of the parts that the tokens are split into."""
     block, part = tl.program_id(0) // PIECES, tl.program_id(1)
