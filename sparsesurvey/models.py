@@ -23,7 +23,6 @@ from sparsesurvey.calibration import Inputs, layer_by_layer, linear_layers
 from sparsesurvey.data import batch as draw
 from sparsesurvey.finished import Finished, block_of
 from sparsesurvey.linear import MLP
-from sparsesurvey.reconstruction import output_error
 from sparsesurvey.scores import magnitude, wanted
 from sparsesurvey.structure import Pattern, Shape, Structure
 
@@ -274,10 +273,17 @@ def _check_runs(model: nn.Module, batch: Tensor) -> None:
 def _report(name: str, old: Tensor, new: Tensor, structure: Structure, method: Method, inputs: Inputs | None,
             start: float) -> LayerReport:
     shape = tuple(old.shape)
-    error = None if getattr(inputs, "gram", None) is None else output_error(old.float(), new.float(), inputs)
+    error = None if getattr(inputs, "gram", None) is None else _lost(old, new, inputs.gram)
     bits = (structure.value_bits(shape, 2) + structure.index_bits(shape)) / old.numel()
     density = int(new.count_nonzero()) / new.numel()
     return LayerReport(name, str(structure), describe(method), shape, density, bits, error, perf_counter() - start)
+
+
+def _lost(old: Tensor, new: Tensor, gram: Tensor) -> float:
+    """As ``reconstruction.output_error``, in the gram's own precision: this is for a report, at every layer of a model."""
+    old, lost = old.to(gram.dtype), (old - new).to(gram.dtype)
+    whole = float(((old @ gram) * old).sum())
+    return float(((lost @ gram) * lost).sum()) / whole if whole else 0.0
 
 
 def describe(method: Method) -> str:
