@@ -1,16 +1,22 @@
 """Libraries as the peers to beat: which kernels call them, what they need, and what of them a CPU can check."""
 
+import importlib.util
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from sparsesurvey.kernels import cublaslt, semi_structured, torch_bsr
+from sparsesurvey.kernels import cublaslt, semi_structured, stk, torch_bsr
 from sparsesurvey.structure import Unavailable
 from sparsesurvey.structures import NM, Block, Dense, Unstructured
 
 PEERS = {
     Dense(): {"spmm": {"torch", "torch_compile", "cublaslt"}, "spmmt": {"torch", "cublaslt"}, "sddmm": {"torch", "cublaslt"}},
     NM(2, 4): {"spmm": {"torch_csr", "cusparselt", "cusparselt_searched", "cutlass"}, "spmmt": {"torch_csr"}},
-    Block(32, 32, 0.5): {"spmm": {"torch_bsr", "torch_bsr_searched", "torch_csr"}},
+    Block(32, 32, 0.5): {"spmm": {"torch_bsr", "torch_bsr_searched", "torch_csr", "stk"}, "spmmt": {"stk"}, "sddmm": {"stk"}},
     Unstructured(0.5): {"spmm": {"torch_csr", "cupy_csr"}, "spmmt": {"torch_csr", "cupy_csr"}, "sddmm": {"torch_csr"}},
 }
 ON_GPU = [("spmm", "torch_compile", Dense()), ("spmm", "cublaslt", Dense()), ("spmmt", "cublaslt", Dense()),
@@ -147,3 +153,86 @@ def test_cublaslt_searches_once_for_a_number_of_tokens(library):
     names = [name for name, _ in library.calls]
     assert names.count("cublasLtMatmulAlgoGetHeuristic") == 2 and names.count("cublasLtMatmul") == 3
     assert run(torch.randn(0, 4)).shape == (0, 6)
+
+
+# ---- STK, as the package documents it, in plain products; the package itself where it is installed
+
+
+class Blocks:
+    """stk.Matrix: blocks row by row, their rows and columns, and where each row starts."""
+
+    def __init__(self, size, data, row_indices, column_indices, offsets):
+        assert data.is_contiguous() and offsets.dtype == torch.int32 and offsets.tolist() == sorted(offsets.tolist())
+        assert row_indices.tolist() == [row for row, count in enumerate(offsets.diff().tolist()) for _ in range(count)]
+        self.given, self.whole = (size, data, row_indices, column_indices), torch.zeros(*size, dtype=data.dtype)
+        for place, block in zip(self.places(), data):
+            self.whole[place] = block
+
+    def places(self):
+        size, _, rows, columns = self.given
+        return [(slice(128 * row, 128 * row + 128), slice(128 * column, 128 * column + 128)) for row, column in zip(rows, columns)]
+
+    def t(self):
+        other = Blocks.__new__(Blocks)
+        other.whole = self.whole.T
+        return other
+
+    def size(self):
+        return self.whole.shape
+
+
+def whole_tiles(*sides):
+    assert all(side % 128 == 0 for side in sides)  # its kernels mask nothing
+
+
+def dds(a, b):
+    whole_tiles(*a.shape, *b.size())
+    return a @ b.whole
+
+
+def sdd(a, b, topology):
+    whole_tiles(*a.shape, *b.shape)
+    return SimpleNamespace(data=torch.stack([(a @ b)[place] for place in topology.places()]))
+
+
+@pytest.fixture
+def fake_stk(monkeypatch):
+    monkeypatch.setitem(sys.modules, "stk", SimpleNamespace(Matrix=Blocks, ops=SimpleNamespace(dds=dds, sdd=sdd)))
+    monkeypatch.setattr(stk, "require", lambda values: None)
+
+
+@pytest.mark.parametrize("tokens", [0, 3, 128, 130])
+def test_what_stk_is_given_makes_the_products(fake_stk, tokens):
+    structure = Block(128, 128, 0.5)
+    operand = packed(structure, torch.float32, (256, 384))
+    x, dy = torch.randn(tokens, 384), torch.randn(tokens, 256)
+    for product, inputs in (("spmm", (x,)), ("spmmt", (dy,)), ("sddmm", (dy, x))):
+        kernels = structure.kernels(product)
+        assert torch.allclose(kernels["stk"](operand)(*inputs), kernels["reference"](operand)(*inputs), atol=1e-3)
+
+
+def test_what_stk_cannot_take(monkeypatch):
+    with pytest.raises(Unavailable, match="needs blocks of 128x128, got 64x64"):
+        Block(64, 64, 0.5).spmm_stk(packed(Block(64, 64, 0.5), shape=(128, 128)))
+    monkeypatch.setitem(sys.modules, "stk", None)
+    with pytest.raises(Unavailable, match="needs the package stanford-stk"):
+        Block(128, 128, 0.5).sddmm_stk(packed(Block(128, 128, 0.5), shape=(128, 256)))
+
+
+STK = """
+import torch
+from sparsesurvey.benchmark import products
+from sparsesurvey.structures import Block
+for product in ("spmm", "spmmt", "sddmm"):
+    found = products(Block(128, 128, 0.5), (256, 256), 130, "x", dtype="bfloat16", product=product, record={folder!r},
+                     kernels=["stk"], timed=False)
+    assert [row.method for row in found.rows] == ["stk"], (found.unavailable, found.failed)
+"""
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("stk"), reason="needs stanford-stk")
+def test_stk_itself_multiplies_our_blocks(tmp_path):
+    """In Triton's interpreter, which takes a process of its own."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", STK.format(folder=str(tmp_path))], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

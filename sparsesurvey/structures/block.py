@@ -253,6 +253,21 @@ class Block(Pattern):
         library.require(packed.values)
         return library.plan(compressed(torch.sparse_bsr_tensor, packed), packed.values.detach(), searched)
 
+    def spmm_stk(self, packed: PackedBSR) -> Plan:
+        """STK's kernels (kernels/stk.py), for blocks of 128 x 128."""
+        return self.by_stk("spmm", packed)
+
+    def spmmt_stk(self, packed: PackedBSR) -> Plan:
+        return self.by_stk("spmmt", packed)
+
+    def sddmm_stk(self, packed: PackedBSR) -> Plan:
+        return self.by_stk("sddmm", packed)
+
+    def by_stk(self, product: str, packed: PackedBSR) -> Plan:
+        from sparsesurvey.kernels import stk
+
+        return stk.plan(product, packed.values, *self.places(packed), packed.row_pointers, packed.shape)
+
     def spmm_torch_csr(self, packed: PackedBSR) -> Plan:
         kept = self.unpack(packed._replace(values=torch.ones_like(packed.values))) != 0
         return torch_product("x", torch_csr(PackedCSR(self.unpack(packed)[kept], *compress_rows(kept), packed.shape)))
