@@ -25,4 +25,9 @@ def graphed(call: Callable[[], object], device: torch.device, times: int = 1) ->
                 call()
     except RuntimeError as error:
         raise Unavailable(f"needs a kernel that a CUDA graph can hold: {str(error).splitlines()[0]}") from None
-    return graph.replay
+
+    def replay() -> None:
+        graph.replay()
+
+    replay.call = call  # a graph knows its operands by address: they must live as long as it does
+    return replay

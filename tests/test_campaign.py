@@ -1,16 +1,19 @@
 """The campaign: what it measures first, that nothing is lost when it is stopped, and what it says at the end."""
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
-from sparsesurvey import benchmark, campaign, gated, measure, nvml, targets
+from sparsesurvey import benchmark, campaign, cuda, gated, measure, nvml, targets
 from sparsesurvey.benchmark import BrokenDevice, products
 from sparsesurvey.machine import PACKAGE, Machine
 from sparsesurvey.measure import Measurement
@@ -165,6 +168,37 @@ def test_the_mlp_without_a_gpu_says_what_it_needs(tmp_path):
     pytest.importorskip("triton", reason="needs triton")
     found = gated.mlp(Block(32, 32, 0.25), (128, 64), 8, "x", full=Block(32, 32, 1.0), dtype="bfloat16", record=str(tmp_path))
     assert set(found.unavailable) == {"triton", "triton unfused", "dense triton"} and not found.rows
+
+
+class Nothing:
+    """Stands in for streams, graphs and what enters them."""
+
+    def __init__(self, *_):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def __getattr__(self, name):
+        return lambda *_: None
+
+
+def test_a_graph_keeps_what_it_replays(monkeypatch):
+    """It knows its operands by address: were they freed, a replay would read what others wrote there."""
+    for name in ("Stream", "stream", "device", "graph", "CUDAGraph", "current_stream", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, Nothing)
+    weight = torch.ones(3)
+    held = weakref.ref(weight)
+    replay = cuda.graphed(partial(torch.neg, weight), torch.device("cuda"))
+    del weight
+    gc.collect()
+    assert held() is not None
+    replay()
+    del replay
+    assert held() is None
 
 
 # ---- the command
