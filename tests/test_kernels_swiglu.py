@@ -1,4 +1,4 @@
-"""The fused first half of a gated MLP: its numbers in the interpreter, its machine code ahead of time."""
+"""The fused first half of a gated MLP and its backward pass: numbers in the interpreter, machine code ahead of time."""
 
 import pytest
 import torch
@@ -26,12 +26,43 @@ for block, dtype in ((Block(32, 64, 0.25), torch.float32), (Block(128, 128, 0.5)
             assert mine.dtype == dtype and mine.shape == right.shape
             error = (mine.double() - right).abs().max() / right.abs().max() if tokens else 0
             assert error < 4 * torch.finfo(dtype).eps, (block, dtype, tokens, name, float(error))
+        dg, du = (draw(tokens, 256).to(dtype) for _ in range(2))
+        weights = [block.unpack(part).double() for part in (gate, up)]
+        sampled = block.sddmm_reference(gate._replace(values=gate.values.double()))
+        right = dg.double() @ weights[0] + du.double() @ weights[1], *(sampled(part.double(), x.double()) for part in (dg, du))
+        got = block.both_spmmt_triton(gate, up)(dg, du), *block.both_sddmm_triton(gate, up)(dg, du, x)
+        for name, mine, right in zip(("dx", "dgate", "dup"), got, right):
+            assert mine.dtype == dtype and mine.shape == right.shape
+            error = (mine.double() - right).abs().max() / right.abs().max() if tokens else mine.abs().sum()
+            assert error < 4 * torch.finfo(dtype).eps, (block, dtype, tokens, name, float(error))
 """
 
 
 def test_forward_and_backward_equal_float64():
     pytest.importorskip("triton", reason=TRITON)
     done = interpreted(code=NUMBERS)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+
+
+SPLIT = """
+import torch
+from sparsesurvey.kernels.block import split
+from sparsesurvey.structures import Block
+block, generator = Block(64, 32, 0.25), torch.Generator().manual_seed(0)
+draw = lambda *size: torch.randn(size, generator=generator)
+assert split(600, 2, 3) == 2
+mask = block.mask(draw(128, 128))
+gate, up = (block.pack(draw(128, 128) * mask) for _ in range(2))
+dg, du, x = (draw(600, 128) for _ in range(3))
+for mine, part in zip(block.both_sddmm_triton(gate, up)(dg, du, x), (dg, du)):
+    right = block.sddmm_reference(gate)(part, x)
+    assert (mine - right).abs().max() < 1e-5 * right.abs().max()
+"""
+
+
+def test_tokens_that_several_programs_share_are_added_up():
+    pytest.importorskip("triton", reason=TRITON)
+    done = interpreted(code=SPLIT)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
 
 
@@ -56,21 +87,34 @@ else:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("block, tokens, warps, stages, backward, instruction, loads", [
-    (128, 128, 8, 3, False, "HGMMA.64x128x16", 9), (128, 64, 8, 4, True, "HGMMA.64x64x16", 13), (64, 128, 8, 4, False, "HGMMA.64x64x16", 12),
+FORWARD = {"x": "TK", "gate": "NK", "up": "NK", "dh": "TN", "first_out": "TN", "second_out": "TN"}
+INPUT = {"dg": "TK", "du": "TK", "gate": "KN", "up": "KN", "dx": "TN"}
+WEIGHT = {"dg": "TN", "du": "TN", "x": "TK"}
+
+
+@pytest.mark.parametrize("kernel, tiles, block, deep, tokens, warps, stages, more, instruction, loads", [
+    ("gated", FORWARD, 128, 64, 128, 8, 3, {"BACKWARD": False}, "HGMMA.64x128x16", 9),
+    ("gated", FORWARD, 128, 64, 64, 8, 4, {"BACKWARD": True}, "HGMMA.64x64x16", 13),  # dh behind the loop
+    ("gated", FORWARD, 64, 64, 128, 8, 4, {"BACKWARD": False}, "HGMMA.64x64x16", 12),
+    ("together", INPUT, 128, 64, 128, 8, 3, {}, "HGMMA.64x128x16", 12),
+    ("together", INPUT, 64, 64, 256, 8, 2, {}, "HGMMA.64x64x16", 8),
+    ("sample", WEIGHT, 128, 128, 64, 8, 4, {}, "HGMMA.64x128x16", 12),
 ])
-def test_hopper_code(block, tokens, warps, stages, backward, instruction, loads):
+def test_hopper_code(kernel, tiles, block, deep, tokens, warps, stages, more, instruction, loads):
+    """Tensor cores, nothing spilt, and every tile of a stage is fetched by descriptor: three, or four of ``together``."""
     pytest.importorskip("triton", reason=TRITON)
     from machine_code import compiled
 
     from sparsesurvey.kernels import swiglu
 
-    tile = lambda *shape: f"tensordesc<bf16[{shape[0]},{shape[1]}]>"
-    types = {"x": tile(tokens, 64), "gate": tile(block, 64), "up": tile(block, 64), **dict.fromkeys(
-        ("dh", "first_out", "second_out"), tile(tokens, block)), **dict.fromkeys(("pointers", "sources", "order"), "*i32"),
-        **dict.fromkeys(("tokens", "targets", "stored", "x_width", "value_width", "y_width", "KEY"), "i32")}
-    constants = {"TARGET": block, "SOURCE": block, "BACKWARD": backward, "EXACT": False, "READY": True, "TMA": True, "PROGRAMS": 132,
-                 "BT": tokens, "BN": block, "BK": 64}
-    code = compiled(swiglu.gated, types, constants, num_warps=warps, num_stages=stages)
-    assert code.count(instruction) >= 1 and not code.spilt and code.shared <= SHARED
-    assert code.count("UTMALDG") == loads, "three tiles a stage, and dh behind the loop"
+    code, sides = getattr(swiglu, kernel), {"T": tokens, "N": block, "K": deep}
+    widths = {"TARGET": block, "SOURCE": block, "ROWS": block, "COLS": block, "PROGRAMS": 132, "EXACT": False, "READY": True, "TMA": True}
+    constants = {**{name: size for name, size in widths.items() if name in code.arg_names}, **more,
+                 **{f"B{side}": size for side, size in sides.items()}}
+    pointers = ("pointers", "sources", "places", "order", "rows", "columns")
+    types = {name: "*i32" if name in pointers else "*fp32" if name.endswith("_out") else "i32"
+             for name in code.arg_names if name not in constants}
+    types |= {name: f"tensordesc<bf16[{','.join(str(sides[side]) for side in tile)}]>" for name, tile in tiles.items()}
+    made = compiled(code, types, constants, num_warps=warps, num_stages=stages)
+    assert made.count(instruction) >= 1 and not made.spilt and made.shared <= SHARED
+    assert made.count("UTMALDG") == loads

@@ -216,15 +216,40 @@ class Block(Pattern):
 
     def swiglu_triton(self, gate: PackedBSR, up: PackedBSR, backward: bool = False) -> Plan:
         """Plan of ``h = silu(x @ gate.T) * (x @ up.T)``, or of ``dg, du = run(x, dh)``, for two weights with the same blocks."""
-        device_code, (rows, columns), grid = self.device_code(gate), self.places(gate), self.grid(gate.shape)
-        same = (up.columns.equal(gate.columns) and up.row_pointers.equal(gate.row_pointers) and up.shape == gate.shape)
-        if not same:
-            raise ValueError("up must have the blocks of gate, got other places: choose one mask for both")
+        device_code, rows, columns, (down, across) = self.shared(gate, up)
         from sparsesurvey.kernels import swiglu
 
-        sides = [device_code.arrange(part.values, rows, columns, (grid[0], self.rows), (grid[1], self.cols), transposed=False)
+        sides = [device_code.arrange(part.values, rows, columns, (down, self.rows), (across, self.cols), transposed=False)
                  for part in (gate, up)]
         return swiglu.gated_plan(*sides, backward)
+
+    def both_spmmt_triton(self, gate: PackedBSR, up: PackedBSR) -> Plan:
+        """Plan of ``dx = dg @ gate + du @ up``, for two weights with the same blocks."""
+        device_code, rows, columns, (down, across) = self.shared(gate, up)
+        from sparsesurvey.kernels import swiglu
+
+        sides = [device_code.arrange(part.values, columns, rows, (across, self.cols), (down, self.rows), transposed=True)
+                 for part in (gate, up)]
+        return swiglu.input_gradient_plan(*sides)
+
+    def both_sddmm_triton(self, gate: PackedBSR, up: PackedBSR) -> Plan:
+        """Plan of ``dgate, dup = run(dg, du, x)``, the gradients of the values of two weights with the same blocks."""
+        _, rows, columns, grid = self.shared(gate, up)
+        from sparsesurvey.kernels import swiglu
+
+        return swiglu.weight_gradient_plan(gate.values, rows, columns, grid)
+
+    def shared(self, gate: PackedBSR, up: PackedBSR) -> tuple[ModuleType, Tensor, Tensor, Shape]:
+        """The Triton kernels, block rows and columns of the blocks of both weights, and the grid; ValueError if they differ."""
+        device_code, (rows, columns) = self.device_code(gate), self.places(gate)
+        same = up.columns.equal(gate.columns) and up.row_pointers.equal(gate.row_pointers) and up.shape == gate.shape
+        if not same:
+            raise ValueError("up must have the blocks of gate, got other places: choose one mask for both")
+        return device_code, rows, columns, self.grid(gate.shape)
+
+    def lasting(self, kernel: str) -> bool:
+        """Do this kernel's plans read the values where these are? Then they stay right while the values are trained."""
+        return kernel == "triton" and not self.gathered or kernel == "gather" and self.wide
 
     def device_code(self, packed: PackedBSR) -> ModuleType:
         """The Triton kernels, or raise Unavailable where they cannot multiply this operand."""
