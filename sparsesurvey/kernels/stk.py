@@ -22,6 +22,7 @@ def library(values: Tensor) -> ModuleType:
         raise Unavailable(f"needs blocks of {SIDE}x{SIDE}, got {values.shape[1]}x{values.shape[2]}")
     try:
         import stk
+        from stk import Matrix, ops  # noqa: F401  (another package of chemists bears the name)
     except ImportError:
         raise Unavailable("needs the package stanford-stk") from None
     require(values)
