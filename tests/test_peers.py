@@ -1,15 +1,17 @@
 """Libraries as the peers to beat: which kernels call them, what they need, and what of them a CPU can check."""
 
+import ctypes
 import importlib.util
 import os
 import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from sparsesurvey.kernels import cublaslt, semi_structured, stk, torch_bsr
+from sparsesurvey.kernels import cublaslt, semi_structured, spinfer, stk, torch_bsr
 from sparsesurvey.structure import Unavailable
 from sparsesurvey.structures import NM, Block, Dense, Unstructured
 
@@ -17,7 +19,7 @@ PEERS = {
     Dense(): {"spmm": {"torch", "torch_compile", "cublaslt"}, "spmmt": {"torch", "cublaslt"}, "sddmm": {"torch", "cublaslt"}},
     NM(2, 4): {"spmm": {"torch_csr", "cusparselt", "cusparselt_searched", "cutlass"}, "spmmt": {"torch_csr"}},
     Block(32, 32, 0.5): {"spmm": {"torch_bsr", "torch_bsr_searched", "torch_csr", "stk"}, "spmmt": {"stk"}, "sddmm": {"stk"}},
-    Unstructured(0.5): {"spmm": {"torch_csr", "cupy_csr"}, "spmmt": {"torch_csr", "cupy_csr"}, "sddmm": {"torch_csr"}},
+    Unstructured(0.5): {"spmm": {"torch_csr", "cupy_csr", "spinfer"}, "spmmt": {"torch_csr", "cupy_csr"}, "sddmm": {"torch_csr"}},
 }
 ON_GPU = [("spmm", "torch_compile", Dense()), ("spmm", "cublaslt", Dense()), ("spmmt", "cublaslt", Dense()),
           ("sddmm", "cublaslt", Dense()), ("spmm", "cusparselt", NM(2, 4)), ("spmm", "cusparselt_searched", NM(1, 4)),
@@ -94,7 +96,6 @@ def test_the_answer_of_cublaslt_has_the_layout_of_its_header():
     """cublasLtMatmulHeuristicResult_t: 64 bytes of algorithm, size_t, int, float, int[4]."""
     fields = {name: getattr(cublaslt.Heuristic, name).offset for name, _ in cublaslt.Heuristic._fields_}
     assert fields == {"algo": 0, "workspace": 64, "state": 72, "waves": 76, "reserved": 80}
-    import ctypes
     assert ctypes.sizeof(cublaslt.Heuristic) == 96
 
 
@@ -236,3 +237,93 @@ def test_stk_itself_multiplies_our_blocks(tmp_path):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", STK.format(folder=str(tmp_path))], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# ---- SpInfer: its kernel's way through the format, by hand; its own packing where it is built
+
+
+def number_of(pointer, count, kind):
+    """So many numbers at an address."""
+    return np.ctypeslib.as_array((ctypes.c_char * (count * np.dtype(kind).itemsize)).from_address(pointer)).view(kind)
+
+
+def strip_of(values, masks):
+    """16 x 64 weights from what a warp reads: four operands of mma.m16n8k16, four registers of a thread each (PTX ISA)."""
+    strip, place = np.zeros((16, 64)), 0
+    for number, mask in enumerate(masks.tolist()):
+        for bit in range(64):
+            if mask >> bit & 1:
+                lane, half = divmod(bit, 2)  # a thread holds two neighbours
+                row, column = lane // 4 + 8 * (number % 2), 2 * (lane % 4) + half + 8 * (number // 2 % 2)
+                strip[row, 16 * (number // 4) + column] = values[place]
+                place += 1
+    return strip
+
+
+def spinfer_product(stream, _, values, tiles, strips, masks, largest, x, y, out, tokens, inn, sums, split):
+    """The function of the library in float64, from the same addresses."""
+    across = inn // 64
+    count = out // 64 * across
+    tiles, strips = number_of(tiles, count + 3, np.int32), number_of(strips, 4 * count + 4, np.int32)
+    masks, values = number_of(masks, 64 * count, np.uint64), number_of(values, tiles[count], np.float16)
+    assert number_of(largest, 1, np.int32) % 64 == 0 and np.diff(tiles).max() <= number_of(largest, 1, np.int32) <= 2304
+    assert not (tiles[:count] % 8).any() and tokens in (8, 16, 32, 64, 128) or tokens % 128 == 0
+    weight = np.zeros((out, inn))
+    for tile in range(count):
+        for strip in range(4):
+            start, chosen = tiles[tile] + strips[4 * tile + strip], masks[64 * tile + 16 * strip:][:16]
+            row, column = 64 * (tile // across) + 16 * strip, 64 * (tile % across)
+            weight[row:row + 16, column:column + 64] = strip_of(values[start:], chosen)
+    dense = number_of(x, tokens * inn, np.float16).reshape(tokens, inn)
+    number_of(y, tokens * out, np.float16)[:] = (dense.astype(np.float64) @ weight.T).flatten()
+    return 0
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 9, 129])
+@pytest.mark.parametrize("density", [0.5, 0.1, 0.0])
+def test_what_spinfer_is_given_makes_the_product(monkeypatch, density, tokens):
+    monkeypatch.setattr(spinfer, "function", lambda weight: spinfer_product)
+    monkeypatch.setattr(spinfer, "seconds", lambda run: float(run().sum() * 0))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    weight = torch.randn(128, 192, generator=torch.Generator().manual_seed(0)) * (torch.rand(128, 192) < density)
+    operand = Unstructured(0.6).pack(weight.half())
+    x = torch.randn(tokens, 192).half()
+    y = Unstructured(0.6).spmm_spinfer(operand)(x)
+    assert y.dtype == torch.float16 and torch.allclose(y.double(), x.double() @ weight.half().double().T, atol=2e-2)
+
+
+def test_what_spinfer_cannot_take(monkeypatch):
+    halves = packed(Unstructured(0.5), torch.float16)
+    monkeypatch.delenv(spinfer.VARIABLE, raising=False)
+    with pytest.raises(Unavailable, match="needs SpInfer, built by you, and its path in SPARSESURVEY_SPINFER"):
+        Unstructured(0.5).spmm_spinfer(halves)
+    monkeypatch.setenv(spinfer.VARIABLE, "/nowhere/libspinfer.so")
+    with pytest.raises(Unavailable, match="needs float16"):
+        Unstructured(0.5).spmm_spinfer(packed(Unstructured(0.5)))
+    with pytest.raises(Unavailable, match="needs a CUDA device"):
+        Unstructured(0.5).spmm_spinfer(halves)
+    monkeypatch.setattr(spinfer, "require_gpu", lambda weight: None)
+    with pytest.raises(Unavailable, match="needs SpInfer in SPARSESURVEY_SPINFER: /nowhere"):
+        Unstructured(0.5).spmm_spinfer(halves)
+    for weight, said in ((torch.ones(64, 32), "multiples of 64x64, got 64x32"), (torch.ones(64, 64), "at most 2304 weights")):
+        with pytest.raises(Unavailable, match=said):
+            spinfer.arrange(weight.half())
+
+
+@pytest.mark.skipif(not os.environ.get(spinfer.VARIABLE), reason="needs SpInfer's library")
+def test_spinfers_own_packing_is_ours():
+    """Bit for bit, by the library's function for a CPU."""
+    out, inn = 192, 320
+    weight = (torch.randn(out, inn) * (torch.rand(out, inn) < 0.4)).half()
+    ours = spinfer.arrange(weight)
+    pack = getattr(ctypes.CDLL(os.environ[spinfer.VARIABLE]), "_Z24InitSparseMatrixA_bitmapP6__halfiiiiiiiiPS0_PPiS3_S3_PPmRi")
+    values, single, strips, tiles, masks = (ctypes.c_void_p() for _ in range(5))
+    largest = ctypes.c_int()
+    count = pack(ctypes.c_void_p(weight.data_ptr()), out, inn, 8, 16, 64, 8, 64, 64, *map(ctypes.byref, (values, single, strips, tiles, masks, largest)))
+    assert count == out // 64 * (inn // 64)
+    theirs = number_of(tiles.value, count + 1, np.int32)
+    assert (ours.tiles[:count + 1].numpy() == theirs).all()
+    assert (ours.strips[:4 * count].numpy() == number_of(strips.value, 4 * count, np.int32)).all()
+    assert (ours.masks.numpy() == number_of(masks.value, 64 * count, np.int64)).all()
+    assert (ours.values.numpy() == number_of(values.value, theirs[-1], np.float16)).all()
+    assert int(ours.largest) == -(-largest.value // 64) * 64

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsesurvey.kernels.search import seconds
 from sparsesurvey.structure import Plan, Unavailable, check_activations
 
 STAGES, WARPS, TILES = (1, 2, 3, 4), (4, 8), (64, 128)  # searched; a tile is so many tokens wide
-REPEATS = 5
 
 
 def require(values: Tensor) -> None:
@@ -66,20 +66,3 @@ def plan(matrix: Tensor, values: Tensor, searched: bool) -> Plan:
             return multiply(dense, best.get(columns)).T[: len(x)]
 
     return run
-
-
-def seconds(run) -> float:
-    """Time of one call, by the GPU's clock; infinite for what needs more shared memory or registers than there are."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    try:
-        run()
-        start.record()
-        for _ in range(REPEATS):
-            run()
-        end.record()
-    except Exception as error:  # Triton's OutOfResources, which is no RuntimeError
-        if type(error).__name__ not in ("OutOfResources", "PTXASError", "CompilationError"):
-            raise
-        return float("inf")
-    end.synchronize()
-    return start.elapsed_time(end) / REPEATS

@@ -121,6 +121,12 @@ class Unstructured(Pattern):
         self.places(packed)
         return cupy_product("dy", packed.transposed())
 
+    def spmm_spinfer(self, packed: PackedCSR) -> Plan:
+        """SpInfer's kernel for few tokens, where the reader has built it (kernels/spinfer.py)."""
+        from sparsesurvey.kernels import spinfer
+
+        return spinfer.plan(self.unpack(packed))
+
     def spmm_tiled_csr(self, packed: PackedCSR) -> Plan:
         self.places(packed)
         return tiled_product("x", torch_csr(packed))
