@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -27,23 +27,27 @@ from tqdm import tqdm
 
 from sparsesurvey import checkpoint, pruning
 from sparsesurvey.data import Language, markov, windows
+from sparsesurvey.diagnose import DIVERGENCE, EXPLORED, FLIPS
 from sparsesurvey.factored import factorise
 from sparsesurvey.linear import densify, sparsify
 from sparsesurvey.measure import Machine, Measurement, code_of, live
 from sparsesurvey.measure import record as write_row
 from sparsesurvey.measure import recorded as shipped
 from sparsesurvey.mistral import build
-from sparsesurvey.recipes import Recipe, Score, Static
+from sparsesurvey.packed import pack_layers
+from sparsesurvey.recipe import Recipe, Score, spelled
+from sparsesurvey.recipes.static import Static
 from sparsesurvey.scores import magnitude
 from sparsesurvey.structure import Pattern, Structure
-from sparsesurvey.train import History, TrainConfig, evaluate, train
+from sparsesurvey.train import ENERGY, FREE, NORM, TIME, History, TrainConfig, evaluate, train
 
 CHAPTER = "training"
 LOSS = "validation loss"
+UNITS = {TIME: "s", NORM: "1", ENERGY: "J", FLIPS: "1", DIVERGENCE: "1", EXPLORED: "1"}
 # The structures are not among the code whose change makes a curve stale: what a mask of theirs is, is fixed by
 # ``holds`` and its tests, and another kernel or a new helper does not change the loss of a masked run. A structure without
 # a mask is: what it stores and what it makes of that is what is trained.
-SOURCE = ",".join(f"sparsesurvey.{module}" for module in ("data", "linear", "mistral", "recipes", "train"))
+SOURCE = ",".join(f"sparsesurvey.{module}" for module in ("data", "linear", "mistral", "recipe", "train"))
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Job:
     """One run: what is trained, on what, how. ``structure`` None is the plain dense model, as is one named "dense".
 
     One without a mask is trained by the values that it stores, see ``factored``; its recipe must be ``Static()``.
+    ``kernel`` is "masked", dense products with a mask, or one of the structure's kernels, see ``packed``.
     """
 
     structure: Structure | None
@@ -59,6 +64,7 @@ class Job:
     model: str
     config: TrainConfig
     recipe: Recipe
+    kernel: str = "masked"
     code: str = ""  # of ``source``, before anything runs
 
     def __post_init__(self) -> None:
@@ -79,12 +85,20 @@ class Job:
 
     @property
     def method(self) -> str:
-        return "dense" if self.dense else "factored" if self.factored else str(self.recipe)
+        """What stands in a row: the recipe, and the kernel if it is not the masked one."""
+        if self.dense or self.factored:
+            return "dense" if self.dense else "factored"
+        return str(self.recipe) if self.kernel == "masked" else f"{self.recipe}, {self.kernel}"
 
     @property
     def source(self) -> str:
         """The modules whose change makes a curve stale."""
-        return f"{SOURCE},sparsesurvey.factored,{type(self.structure).__module__}" if self.factored else SOURCE
+        if self.dense:
+            return SOURCE
+        if self.factored:
+            return f"{SOURCE},sparsesurvey.factored,{type(self.structure).__module__}"
+        recipe = "".join(f",{module}" for module in sorted(_modules(self.recipe)))
+        return SOURCE + recipe + ("" if self.kernel == "masked" else f",sparsesurvey.packed,{type(self.structure).__module__}")
 
     @property
     def settings(self) -> TrainConfig:
@@ -98,13 +112,12 @@ class Job:
 
     def at(self, step: int | None = None) -> dict[str, str | int | float]:
         """The settings that stand in a row. ``settings`` is a hash that covers those without a column of their own."""
-        free = ("device", "checkpoint_every")  # nothing depends on them
-        config = {key: value for key, value in asdict(self.settings).items() if key not in free}
+        config = {key: value for key, value in asdict(self.settings).items() if key not in FREE}
         shown = {key: config[key] for key in ("seed", "steps", "batch", "seq", "optimizer")}
         shown["lr"] = config["muon_lr" if self.config.optimizer == "muon" else "lr"]
         when = {} if step is None else {"step": step, "tokens": step * self.config.batch * self.config.seq}
         return {"model": self.model, "language": self.language.name, "corpus": self.language.digest[:12],
-                **shown, **when, "settings": _hash(config, 8)}
+                **shown, **when, "settings": _hash([config, "" if self.dense else spelled(self.recipe)], 8)}
 
     @property
     def folder(self) -> Path:
@@ -117,16 +130,30 @@ class Job:
     def checkpoint(self) -> Path:
         return self.folder / "checkpoint.safetensors"
 
-    def rows(self, history: History) -> Iterator[Measurement]:
-        """The validation losses of a run as rows, also as bits per byte where tokens stand for bytes."""
+    def show(self, history: History) -> None:
+        """Let others watch: what the run has seen so far, in ``history.json`` of its folder, never half there."""
+        part = self.folder / "history.tmp"
+        part.write_text(json.dumps({"name": self.name, "method": self.method, "seed": self.seed, **asdict(history)}))
+        part.replace(self.folder / "history.json")
+
+    def rows(self, history: History, beside: int = 1) -> Iterator[Measurement]:
+        """What a run saw as rows: losses, also as bits per byte where tokens stand for bytes, and the rest of its trace.
+
+        ``beside``: how many runs shared the machine, which stands in the rows of time and energy.
+        """
         machine = Machine.current(self.config.device)
         unit = "nats/byte" if self.language.bytes_per_token == 1 else "nats/token"
+        row = lambda metric, of, value, step, **more: Measurement.now(
+            metric, of, value, structure=self.name, method=self.method, at={**self.at(step), **more}, source=self.source,
+            machine=machine, code=self.code)
+        for metric, lines in history.trace.items():
+            more = {"beside": beside} if metric in (TIME, ENERGY) else {}
+            yield from (row(metric, UNITS[metric], value, step, **more) for step, value in lines)
         for step, loss in history.valid:
             bits = self.language.bits_per_byte(loss)
-            for metric, of, value in ((LOSS, unit, loss), ("bits per byte", "bits/byte", bits)):
-                if value is not None:
-                    yield Measurement.now(metric, of, value, structure=self.name, method=self.method, at=self.at(step),
-                                          source=self.source, machine=machine, code=self.code)
+            if bits is not None:
+                yield row("bits per byte", "bits/byte", bits, step)
+            yield row(LOSS, unit, loss, step)
 
     def recorded(self, folder: str | Path | None) -> list[Measurement]:
         """The validation losses of this run on this machine that are in the record, by step."""
@@ -154,10 +181,19 @@ class Job:
         """The model before its first step."""
         model = build(self.model, self.seed)
         if self.factored:
-            if self.recipe != Static():
+            if self.recipe != Static() or self.kernel != "masked":
                 raise ValueError(f"recipe must be Static() for {self.structure}, which has no mask; got {self.recipe}")
             return factorise(model, self.structure)
-        return model if self.dense else sparsify(model, self.structure, self.recipe, seed=self.seed)
+        if self.dense:
+            return model
+        sparsify(model, self.structure, self.recipe, seed=self.seed)
+        return model if self.kernel == "masked" else pack_layers(model, self.kernel)
+
+
+def _modules(recipe: Recipe) -> set[str]:
+    """The modules of a recipe and of those that it is made of."""
+    inner = (getattr(recipe, field.name) for field in fields(recipe))
+    return {type(recipe).__module__}.union(*(_modules(part) for part in inner if isinstance(part, Recipe)))
 
 
 @lru_cache(maxsize=8)
@@ -206,7 +242,7 @@ def runs_folder() -> Path:
 
 def loss_curves(structures: Iterable[Structure], seeds: Sequence[int] = (0, 1, 2), language: Language | None = None,
                 model: str = "markov", config: TrainConfig = TrainConfig(), recipe: Recipe = Static(), record: str = "",
-                workers: int | None = None, progress: bool = True, reuse: bool = False) -> list[Measurement]:
+                workers: int | None = None, progress: bool = True, reuse: bool = False, kernel: str = "masked") -> list[Measurement]:
     """Validation loss against steps of every structure and seed: rows, trained now unless they are in the record.
 
     All structures of a seed start from the same dense weights and see the same batches and validation windows, so
@@ -224,7 +260,7 @@ def loss_curves(structures: Iterable[Structure], seeds: Sequence[int] = (0, 1, 2
         Diverged: a run whose loss is no number.
     """
     language = markov() if language is None else language
-    jobs = [Job(structure, seed, language, model, config, recipe) for structure in structures for seed in seeds]
+    jobs = [Job(structure, seed, language, model, config, recipe, kernel) for structure in structures for seed in seeds]
     if not jobs:
         raise ValueError("structures and seeds must not be empty")
     held = {job: job.shipped() for job in jobs if reuse and not job.done(record)}
@@ -245,7 +281,7 @@ def _side_by_side(jobs: list[Job], folder: str, workers: int, progress: bool) ->
     """Train in processes. They are spawned: a forked torch with threads may hang."""
     with ProcessPoolExecutor(workers, get_context("spawn"), _begin_process) as pool:
         try:
-            waiting = [pool.submit(run, job, folder) for job in jobs]
+            waiting = [pool.submit(run, job, folder, workers) for job in jobs]
             for done in tqdm(as_completed(waiting), total=len(jobs), desc="runs", unit="run", disable=not progress):
                 done.result()
         except BaseException:
@@ -264,15 +300,15 @@ def _begin_process() -> None:
     Thread(target=follow, daemon=True).start()
 
 
-def run(job: Job, folder: str | Path | None = None) -> None:
-    """Train one run to its end and record it, unless another process has done so meanwhile."""
+def run(job: Job, folder: str | Path | None = None, beside: int = 1) -> None:
+    """Train one run to its end and record it, unless another process has done so meanwhile; ``beside`` as in ``rows``."""
     threads = torch.get_num_threads()
     if job.config.device == "cpu":
         torch.set_num_threads(1)  # the same sums in the same order, wherever it is trained
     try:
         with _lock(job.folder):
-            history = train(job.start(), job.language, job.settings, job.folder, progress=False)
-            for row in job.rows(history):
+            history = train(job.start(), job.language, job.settings, job.folder, progress=False, watch=job.show)
+            for row in job.rows(history, beside):
                 write_row(row, CHAPTER, folder)
     finally:
         torch.set_num_threads(threads)

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsesurvey.linear import MLP, PRODUCTS, SparseLinear
-from sparsesurvey.recipes import Static
+from sparsesurvey.linear import MLP, StructuredLinear, linear_layers
+from sparsesurvey.packed import PackedLinear, check_kernel
+from sparsesurvey.recipes.static import Static
 from sparsesurvey.structure import Pattern, Structure, check_weight
 
 
-class FactoredLinear(SparseLinear):
+class FactoredLinear(PackedLinear):
     """``y = x @ W.T + bias`` where W is what ``structure`` unpacks from ``values``, the parameter.
 
     All three products are the structure's own: there is no dense weight and no dense gradient (``kernel="reference"``
@@ -31,7 +32,7 @@ class FactoredLinear(SparseLinear):
     """
 
     def __init__(self, weight: Tensor, structure: Structure, bias: Tensor | None = None, kernel: str = "reference") -> None:
-        nn.Module.__init__(self)  # a SparseLinear to whoever trains, checkpoints or densifies; made otherwise
+        StructuredLinear.__init__(self)  # a PackedLinear to whoever trains, checkpoints or densifies; made otherwise
         check_weight(weight)
         self.out_features, self.in_features = structure.check_shape(weight.shape)
         _check_structure(structure, kernel)
@@ -51,14 +52,8 @@ class FactoredLinear(SparseLinear):
         """The weight in the structure's format; its tensors are the layer's own."""
         return _refill(self._form, lambda name, part: getattr(self, name))._replace(values=self.values.detach())
 
-    def spmm(self, x: Tensor) -> Tensor:
-        return super().spmm(x.to(self.values.dtype)).to(x.dtype)
-
-    def spmmt(self, dy: Tensor) -> Tensor:
-        return super().spmmt(dy.to(self.values.dtype)).to(dy.dtype)
-
-    def sddmm(self, dy: Tensor, x: Tensor) -> Tensor:
-        return super().sddmm(dy.to(self.values.dtype), x.to(self.values.dtype))
+    def product(self, x: Tensor) -> Tensor:
+        return super().product(x.to(self.values.dtype)).to(x.dtype)
 
 
 def start(weight: Tensor, structure: Structure) -> Any:
@@ -78,10 +73,7 @@ def _check_structure(structure: Structure, kernel: str) -> None:
     if kind.forward_weight is not Structure.forward_weight or kind.backward_weight is not Structure.backward_weight:
         raise ValueError(f"structure must have one weight for both directions, but {structure} prunes them apart: that needs "
                          "a recipe with two masks, which there is none of yet")
-    able = set.intersection(*(set(structure.kernels(product)) for product in PRODUCTS))
-    if kernel not in able:
-        raise ValueError(f"kernel must be one of {', '.join(sorted(able))}, which have all three products of {structure}; "
-                         f"got {kernel!r}")
+    check_kernel(structure, kernel)
 
 
 def _parts(packed: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -117,13 +109,8 @@ def factorise(model: nn.Module, structure: Structure, modules: Iterable[str] = M
         ValueError: a layer that the structure does not divide, a structure or kernel that cannot train, or no linear
             layer of such a name.
     """
-    modules = tuple(modules)
-    chosen = {name: part for name, part in model.named_modules()
-              if isinstance(part, nn.Linear) and name.rpartition(".")[2] in modules}
-    if not chosen:
-        raise ValueError(f"modules must name linear layers of the model, got {', '.join(modules)}: it has none such")
     made = {}
-    for name, part in chosen.items():
+    for name, part in linear_layers(model, modules).items():
         try:
             made[name] = FactoredLinear(part.weight, structure, part.bias, kernel)
         except ValueError as error:

@@ -1,169 +1,176 @@
-"""A linear layer under a structure: its three products, as masked dense ones or with the structure's own kernels."""
+"""A linear layer under a structure: its three products, as masked dense ones.
+
+``packed`` has the layer that holds the kept weights alone and multiplies with a structure's own kernels.
+"""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from sparsesurvey.recipes import Recipe
+from sparsesurvey.recipe import Recipe
 
 if TYPE_CHECKING:  # a structure is handed over: its file's changes do not make the rows of a masked run stale
-    from sparsesurvey.structure import Pattern, Plan
+    from sparsesurvey.structure import Pattern, Structure
 
-PRODUCTS = ("spmm", "spmmt", "sddmm")
 MLP = ("gate_proj", "up_proj", "down_proj")
 SEED = 0x5EED  # not 0: a weight drawn from 0 as well would be correlated with its mask
 
 
 class ThreeProducts(torch.autograd.Function):
-    """y = x @ W.T with gradients dx = dy @ W and dW = dy.T @ x, each as the layer computes it.
+    """y = x @ F.T with gradients dx = dy @ B and dW = G(dy).T @ x, straight through to the weight that F came from.
 
-    ``parameter`` is ``layer.weight`` or ``layer.values``; it is handed over for autograd to see what dW belongs to.
+    ``x [tokens, in]``, ``weight``, ``forward`` and ``backward`` ``[out, in]``; ``backward`` None is ``forward``.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, parameter: Tensor, layer: SparseLinear) -> Tensor:
-        ctx.layer = layer
-        ctx.save_for_backward(x, parameter)
-        return layer.spmm(x)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, forward: Tensor, backward: Tensor | None,
+                output_grad: Callable[[Tensor], Tensor] | None) -> Tensor:
+        ctx.output_grad, ctx.dtype = output_grad, weight.dtype
+        ctx.save_for_backward(x, forward if backward is None else backward)
+        return x @ forward.T
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, parameter = ctx.saved_tensors
-        dy = dy.contiguous()
-        dx = ctx.layer.spmmt(dy) if ctx.needs_input_grad[0] else None
-        grad = ctx.layer.sddmm(dy, x).to(parameter.dtype) if ctx.needs_input_grad[1] else None
-        ctx.layer.forget_plans()
-        return dx, grad, None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        grad = None
+        if ctx.needs_input_grad[1]:
+            grad = ((dy if ctx.output_grad is None else ctx.output_grad(dy)).T @ x).to(ctx.dtype)
+        return dx, grad, None, None, None
 
 
-class SparseLinear(nn.Module):
-    """``y = x @ weight.T + bias`` with a weight of a structure.
+class StructuredLinear(nn.Module):
+    """What layers under a structure have in common: ``y = x @ weight.T + bias`` for ``x [..., in]``.
 
-    ``kernel="masked"`` holds the dense ``weight [out, in]`` and a boolean ``mask``, and multiplies densely: slow, and
-    exact for every structure and recipe. The name of one of the structure's kernels ("gather", "reference", ...)
-    holds the packed ``values`` alone: no dense weight, no dense gradient, no dense optimizer state. It needs a recipe
-    whose mask never changes.
-
-    Args:
-        weight: ``[out, in]``, the weight to start from; the recipe chooses what is kept of it.
-        generator: where a random mask comes from, on the CPU; by default always the same.
-
-    Raises:
-        ValueError: a weight that the structure does not divide, or a kernel that has not all three products or does
-            not go with the recipe.
+    A subclass has ``structure``, ``recipe``, ``kernel``, ``in_features``, ``out_features`` and ``bias``, its trained numbers
+    in ``parameter``, and says in ``product`` how ``x [tokens, in]`` is multiplied.
     """
 
-    def __init__(self, weight: Tensor, structure: Pattern, recipe: Recipe = Recipe(), bias: Tensor | None = None,
-                 kernel: str = "masked", generator: torch.Generator | None = None) -> None:
-        super().__init__()
-        _check_weight(weight)
-        self.out_features, self.in_features = structure.check_shape(weight.shape)
-        self.structure, self.recipe, self.kernel = structure, recipe, kernel
-        _check_kernel(structure, recipe, kernel)
-        generator = torch.Generator().manual_seed(SEED) if generator is None else generator
-        weight, mask = recipe.start(weight.detach().clone(), structure, generator)
-        if kernel == "masked":
-            self.weight = nn.Parameter(weight.contiguous())
-            self.register_buffer("mask", mask)
-        else:
-            self._hold(structure, weight, mask)
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
-
-    def _hold(self, structure: Pattern, weight: Tensor, mask: Tensor) -> None:
-        """Keep the packed weight: ``values`` as the parameter, its other tensors as buffers of their own names.
-
-        The mask is packed with the number of each place instead of its weight, so that a kept weight that happens to
-        be zero is kept all the same.
-        """
-        number = torch.arange(1, weight.numel() + 1, dtype=torch.float64, device=weight.device).view(weight.shape)
-        packed = structure.pack(number * mask)
-        place = packed.values.long()  # 0 where the format stores padding
-        flat = torch.cat([weight.new_zeros(1), weight.flatten()])
-        self.values = nn.Parameter(flat[place.flatten()].view(place.shape).contiguous())
-        self._parts = [name for name, part in packed._asdict().items() if isinstance(part, Tensor) and name != "values"]
-        for name in self._parts:
-            self.register_buffer(name, getattr(packed, name))
-        self._form = packed._replace(**dict.fromkeys(["values", *self._parts]))  # what is no tensor: shapes and such
-        self._plans: tuple[Any, dict[str, Plan]] = (None, {})
+    structure: Structure
+    recipe: Recipe
+    kernel: str
+    in_features: int
+    out_features: int
+    bias: nn.Parameter | None
 
     @property
-    def packed(self) -> Any:
-        """The packed weight in the structure's format; its tensors are the layer's own. Not for a masked layer."""
-        parts = {name: getattr(self, name) for name in self._parts}
-        return self._form._replace(values=self.values.detach(), **parts)
+    def parameter(self) -> nn.Parameter:
+        """What is trained instead of a dense weight."""
+        raise NotImplementedError
 
-    def _plan(self, product: str) -> Plan:
-        """The kernel of a product for the values as they are now.
+    def product(self, x: Tensor) -> Tensor:
+        """``x [tokens, in]`` to ``[tokens, out]``; autograd looks."""
+        raise NotImplementedError
 
-        A plan may have copied them, so it is made again when a tensor of the packed weight was written to or moved.
-        torch counts writes, but not those of its fused optimizers: hence no plan outlives a backward pass either.
-        """
-        held = [self.values, *(getattr(self, name) for name in self._parts)]
-        state = tuple((part.data_ptr(), part._version) for part in held)
-        if self._plans[0] != state:
-            self._plans = (state, {})
-        plans = self._plans[1]
-        if product not in plans:
-            plans[product] = self.structure.kernels(product)[self.kernel](self.packed)
-        return plans[product]
-
-    def forget_plans(self) -> None:
-        """The values are about to change."""
-        if self.kernel != "masked":
-            self._plans = (None, {})
-
-    def spmm(self, x: Tensor) -> Tensor:
-        """``x [tokens, in]`` to ``[tokens, out]``."""
-        if self.kernel == "masked":
-            return x @ self.recipe.forward_weight(self).to(x.dtype).T
-        return self._plan("spmm")(x)
-
-    def spmmt(self, dy: Tensor) -> Tensor:
-        """``dy [tokens, out]`` to the input gradient ``[tokens, in]``."""
-        if self.kernel == "masked":
-            return dy @ self.recipe.input_weight(self).to(dy.dtype)
-        return self._plan("spmmt")(dy)
-
-    def sddmm(self, dy: Tensor, x: Tensor) -> Tensor:
-        """Gradient of the parameter: ``[out, in]`` if masked, else in the layout of ``values``."""
-        if self.kernel == "masked":
-            return self.recipe.edit_grad(self, self.recipe.output_grad(self, dy).T @ x)
-        return self._plan("sddmm")(dy, x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        parameter = self.weight if self.kernel == "masked" else self.values
-        y = ThreeProducts.apply(x.reshape(-1, self.in_features), parameter, self).view(*x.shape[:-1], self.out_features)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
-
-    @torch.no_grad()
     def dense(self) -> Tensor:
-        """The weight ``[out, in]`` that the forward product multiplies with, zeros and all."""
-        return self.recipe.forward_weight(self) if self.kernel == "masked" else self.structure.unpack(self.packed)
+        """The weight ``[out, in]`` of the plain linear layer that does what this one does, zeros and all."""
+        raise NotImplementedError
 
     @property
     def density(self) -> float:
         """Kept fraction of the weights, counted."""
-        if self.kernel == "masked":
-            return self.mask.double().mean().item()
-        return self.values.numel() / (self.out_features * self.in_features)
+        raise NotImplementedError
 
-    @torch.no_grad()
-    def update_mask(self, step: int) -> None:
-        """What the recipe does after optimizer step ``step``; packed weights cannot leave their pattern."""
-        if self.kernel == "masked":
-            self.recipe.update_mask(self, step)
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        y = self.product(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def prepare(self, step: int, steps: int) -> None:
+        """Before optimizer step ``step`` of ``steps``, from 0; see ``Recipe``."""
+
+    def penalty(self) -> Tensor | None:
+        """What the recipe adds to the loss."""
+
+    def edit_grad(self) -> None:
+        """Between the backward pass of the whole batch and the optimizer's step."""
+
+    def update(self, step: int, steps: int, state: dict[str, Any]) -> None:
+        """After optimizer step ``step`` of ``steps``, from 1; ``state`` is the optimizer's of ``parameter``."""
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.structure}, {self.recipe}, kernel={self.kernel!r}"
+
+
+class SparseLinear(StructuredLinear):
+    """The layer as masked dense products: slow, and exact for every structure and recipe.
+
+    It holds a dense ``weight [out, in]`` and a boolean ``mask``.
+
+    Args:
+        weight: ``[out, in]``, the weight to start from; the recipe chooses what is kept of it.
+        generator: where a random mask comes from, on the CPU; by default always the same.
+        seed: of what the recipe draws while it trains. name: the layer's full name in its model, for recipes that care.
+
+    Raises:
+        ValueError: a weight that the structure does not divide, or a structure that the recipe cannot serve.
+    """
+
+    kernel = "masked"
+
+    def __init__(self, weight: Tensor, structure: Pattern, recipe: Recipe = Recipe(), bias: Tensor | None = None,
+                 generator: torch.Generator | None = None, seed: int = SEED, name: str = "") -> None:
+        super().__init__()
+        _check_weight(weight)
+        self.out_features, self.in_features = structure.check_shape(weight.shape)
+        recipe.check(structure)
+        self.structure, self.recipe, self.seed, self.name = structure, recipe, seed, name
+        self.rate = 0.0  # the learning rate of the step, told by whoever trains
+        generator = torch.Generator().manual_seed(SEED) if generator is None else generator
+        weight, mask = recipe.start(weight.detach().clone(), structure, generator)
+        self.weight = nn.Parameter(weight.contiguous())
+        self.register_buffer("mask", mask)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
+        recipe.begin(self)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self.weight
+
+    def product(self, x: Tensor) -> Tensor:
+        recipe = self.recipe
+        seen = recipe.inputs(self, x)
+        with torch.no_grad():
+            forward, backward = recipe.forward_weight(self), recipe.input_weight(self)
+            forward = forward.to(x.dtype)
+            backward = None if backward is None else backward.to(x.dtype)
+        y = ThreeProducts.apply(seen, self.weight, forward, backward, recipe.output_grad(self))
+        beside = recipe.beside(self, x)
+        return y if beside is None else y + beside
+
+    @torch.no_grad()
+    def dense(self) -> Tensor:
+        return self.recipe.dense(self)
+
+    @property
+    def density(self) -> float:
+        return self.mask.double().mean().item()
+
+    def generator(self, step: int) -> torch.Generator:
+        """Where a recipe draws from after step ``step``: on the CPU, the same on every device and in every process."""
+        return torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {step}".encode()))
+
+    @torch.no_grad()
+    def prepare(self, step: int, steps: int) -> None:
+        self.recipe.prepare(self, step, steps)
+
+    def penalty(self) -> Tensor | None:
+        return self.recipe.penalty(self)
+
+    @torch.no_grad()
+    def edit_grad(self) -> None:
+        if self.weight.grad is not None:
+            self.weight.grad = self.recipe.edit_grad(self, self.weight.grad)
+
+    @torch.no_grad()
+    def update(self, step: int, steps: int, state: dict[str, Any]) -> None:
+        self.recipe.update(self, step, steps, state)
 
 
 def _check_weight(weight: Tensor) -> None:
@@ -172,40 +179,37 @@ def _check_weight(weight: Tensor) -> None:
                          f"{tuple(weight.shape)} with {int((~weight.isfinite()).sum())} that are not finite")
 
 
-def _check_kernel(structure: Pattern, recipe: Recipe, kernel: str) -> None:
-    """Raise ValueError unless ``kernel`` is "masked" or has all three products and goes with the recipe."""
-    if kernel == "masked":
-        return
-    able = set.intersection(*(set(structure.kernels(product)) for product in PRODUCTS))
-    if kernel not in able:
-        raise ValueError(f"kernel must be masked or one of {', '.join(sorted(able))}, which have all three products "
-                         f"of {structure}; got {kernel!r}")
-    if not recipe.fixed_mask:
-        raise ValueError(f"kernel {kernel!r} needs a recipe whose mask never changes, such as Static(); got {recipe}")
-
-
-def sparsify(model: nn.Module, structure: Pattern, recipe: Recipe = Recipe(), modules: Iterable[str] = MLP,
-             kernel: str = "masked", seed: int = 0) -> nn.Module:
-    """Replace, in place, the linear layers named ``modules`` by ``SparseLinear`` ones; return the model.
-
-    A layer's random mask depends on ``seed`` and its name only. Every layer is checked before any is replaced.
-
-    Raises:
-        ValueError: a layer that the structure does not divide, or no linear layer of such a name.
-    """
+def linear_layers(model: nn.Module, modules: Iterable[str]) -> dict[str, nn.Linear]:
+    """The linear layers named in ``modules``, by their full name; ValueError if there is none."""
     modules = tuple(modules)
     chosen = {name: part for name, part in model.named_modules()
               if isinstance(part, nn.Linear) and name.rpartition(".")[2] in modules}
     if not chosen:
         raise ValueError(f"modules must name linear layers of the model, got {', '.join(modules)}: it has none such")
+    return chosen
+
+
+def sparsify(model: nn.Module, structure: Pattern, recipe: Recipe = Recipe(), modules: Iterable[str] = MLP,
+             seed: int = 0) -> nn.Module:
+    """Replace, in place, the linear layers named ``modules`` by ``SparseLinear`` ones; return the model.
+
+    A layer's random mask depends on ``seed`` and its name only. Every layer is checked before any is replaced.
+
+    Raises:
+        ValueError: a layer that the structure does not divide, a structure that the recipe cannot serve, or no linear
+            layer of such a name.
+    """
+    chosen = linear_layers(model, modules)
     for name, part in chosen.items():
         try:
             structure.check_shape(part.weight.shape)
         except ValueError as error:
             raise ValueError(f"{name} cannot be made sparse: {error}") from error
+    recipe.check(structure)
     for name, part in chosen.items():
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-        model.set_submodule(name, SparseLinear(part.weight, structure, recipe, part.bias, kernel, generator))
+        number = zlib.crc32(f"{seed} {name}".encode())
+        generator = torch.Generator().manual_seed(number)
+        model.set_submodule(name, SparseLinear(part.weight, structure, recipe, part.bias, generator, number, name))
     return model
 
 
@@ -219,11 +223,11 @@ def densify(model: nn.Module) -> nn.Module:
     return model
 
 
-def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
-    """The sparse layers of a model by their full name."""
-    return {name: part for name, part in model.named_modules() if isinstance(part, SparseLinear)}
+def sparse_layers(model: nn.Module) -> dict[str, StructuredLinear]:
+    """The layers under a structure of a model by their full name."""
+    return {name: part for name, part in model.named_modules() if isinstance(part, StructuredLinear)}
 
 
 def densities(model: nn.Module) -> dict[str, float]:
-    """Achieved density, counted, of each sparse layer by its full name."""
+    """Achieved density, counted, of each layer under a structure by its full name."""
     return {name: layer.density for name, layer in sparse_layers(model).items()}

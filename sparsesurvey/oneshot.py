@@ -26,7 +26,7 @@ from sparsesurvey.measure import Machine, Measurement, code_of, live, recorded
 from sparsesurvey.measure import record as write_row
 from sparsesurvey.mistral import build
 from sparsesurvey.models import Method, Plan, describe, prune_model, samples
-from sparsesurvey.recipes import Recipe
+from sparsesurvey.recipe import Recipe
 from sparsesurvey.scores import dass, e_sparse, magnitude, ria, wanda
 from sparsesurvey.sparsegpt import sparsegpt
 from sparsesurvey.structure import Structure

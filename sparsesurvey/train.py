@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from math import cos, isfinite, pi
+from math import isfinite
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
-from sparsesurvey import checkpoint
+from sparsesurvey import checkpoint, nvml, parallel
 from sparsesurvey.data import Language, batch, windows
 from sparsesurvey.device import check_device
+from sparsesurvey.diagnose import Masks, state_of
 from sparsesurvey.linear import sparse_layers
+from sparsesurvey.optim import freeze, learning_rate, optimizers
+from sparsesurvey.recipe import spelled
+
+TIME, NORM, ENERGY = "training time", "gradient norm", "training energy"
+FREE = ("device", "checkpoint_every", "checkpoint_seconds", "micro", "chunk", "compile")  # the numbers do not depend on them
 
 
 @dataclass(frozen=True)
@@ -27,7 +35,7 @@ class TrainConfig:
     at ``muon_lr``, embedding, head and norms by AdamW at ``lr``. The rate rises linearly over ``warmup`` steps; then
     "cosine" lowers it to ``final_lr * lr`` along half a cosine, "wsd" (warm-up, stable, decay) keeps it and lowers it
     linearly over the last ``cooldown`` of the steps. Weight decay is on matrices only. ``precision="bfloat16"`` is
-    autocast with float32 weights.
+    autocast with float32 weights. The last line below changes how much memory and time a step takes, not what it computes.
     """
 
     steps: int = 320
@@ -46,16 +54,22 @@ class TrainConfig:
     seed: int = 0  # of the order of the data
     eval_every: int = 40
     eval_batches: int = 8  # of ``batch`` sequences each
-    checkpoint_every: int = 80
+    checkpoint_every: int = 80  # steps
+    checkpoint_seconds: float = 60.0  # and whenever the last one is so old
     device: str = "cpu"
     precision: str = "float32"
+    micro: int = 0  # sequences at a time in a process, their gradients added up; 0 = all
+    chunk: int = 0  # tokens whose logits are in memory at a time; 0 = all
+    compile: bool = False  # the decoder, by torch.compile
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "seq", "eval_every", "eval_batches", "checkpoint_every"):
             _check(name, getattr(self, name), int, lambda value: value >= 1, "an integer of at least 1")
+        for name in ("micro", "chunk"):
+            _check(name, getattr(self, name), int, lambda value: value >= 0, "an integer of at least 0")
         _check("warmup", self.warmup, int, lambda value: 0 <= value <= self.steps, f"an integer from 0 to {self.steps}")
         _check("seed", self.seed, int, lambda value: value >= 0, "an integer of at least 0")
-        for name in ("lr", "muon_lr", "clip"):
+        for name in ("lr", "muon_lr", "clip", "checkpoint_seconds"):
             _check(name, getattr(self, name), float, lambda value: 0 < value < float("inf"), "a number above 0")
         _check("weight_decay", self.weight_decay, float, lambda value: 0 <= value < float("inf"), "at least 0")
         for name in ("cooldown", "final_lr"):
@@ -74,140 +88,182 @@ def _check(name: str, value: object, kind: type, good, allowed: str) -> None:
 
 @dataclass
 class History:
-    """What a run did: training loss after each step, and validation loss, both in nats per token."""
+    """What a run did: training loss after each step, and validation loss, both in nats per token.
+
+    ``trace`` has what else was seen at each validation, as (steps done, value) by name: the seconds that the steps so far
+    took (validation, checkpoints and compiling not counted), the mean gradient norm before clipping, joules where a GPU counts
+    them, and what ``diagnose`` says of masks that move.
+    """
 
     train: list[float] = field(default_factory=list)  # loss of the batch of step 1, 2, ...
     valid: list[tuple[int, float]] = field(default_factory=list)  # (steps done, loss); the first is at 0
-    seconds: float = 0.0  # of wall time, over all parts of a resumed run
+    trace: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    seconds: float = 0.0  # of the steps, over all parts of a resumed run
+    joules: float = 0.0  # of the steps, where a GPU counts them
+
+    @classmethod
+    def told(cls, about: dict) -> History:
+        """The history that ``asdict`` and JSON have made of one."""
+        pairs = lambda lines: [(step, value) for step, value in lines]
+        trace = {name: pairs(lines) for name, lines in about["trace"].items()}
+        return cls(about["train"], pairs(about["valid"]), trace, about["seconds"], about["joules"])
 
 
 class Diverged(RuntimeError):
     """The loss or the gradient is no longer a finite number."""
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Factor on the learning rate in step 0, 1, ..."""
-    if step < config.warmup:
-        return (step + 1) / config.warmup
-    if config.schedule == "cosine":
-        done = (step - config.warmup) / max(1, config.steps - config.warmup)
-        return config.final_lr + (1 - config.final_lr) * (1 + cos(pi * done)) / 2
-    cooling = config.cooldown * config.steps
-    left = min(1.0, (config.steps - step) / cooling) if cooling else 1.0
-    return config.final_lr + (1 - config.final_lr) * left
-
-
-def optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW, or Muon for the hidden matrices and AdamW for the rest.
-
-    A group's "base" is its highest learning rate: the recipe's multiplier is in it.
-    """
-    layers = sparse_layers(model)
-    multiplier = {id(p): layer.recipe.lr_multiplier(layer.structure)
-                  for layer in layers.values() for p in layer.parameters(recurse=False)}
-    packed = {id(layer.values) for layer in layers.values() if layer.kernel != "masked"}
-    outer = {id(part.weight) for part in (model.get_input_embeddings(), model.get_output_embeddings())}
-    groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}
-    for name, p in model.named_parameters():
-        matrix = p.dim() >= 2 or id(p) in packed
-        kind = "muon" if config.optimizer == "muon" and matrix and id(p) not in outer else "adamw"
-        if kind == "muon" and id(p) in packed:
-            raise ValueError(f"optimizer muon needs matrices, but {name} is packed: take adamw, or kernel='masked'")
-        base = (config.muon_lr if kind == "muon" else config.lr) * multiplier.get(id(p), 1.0)
-        groups.setdefault((kind, base, config.weight_decay if matrix else 0.0), []).append(p)
-    made = []
-    for kind in ("adamw", "muon"):
-        some = [{"params": params, "lr": base, "base": base, "weight_decay": decay}
-                for (which, base, decay), params in groups.items() if which == kind]
-        if some and kind == "adamw":
-            made.append(torch.optim.AdamW(some, betas=config.betas, fused=True))
-        elif some:
-            made.append(torch.optim.Muon(some, momentum=0.95))
-    return made
-
-
 def train(model: nn.Module, data: Language, config: TrainConfig = TrainConfig(), folder: str | Path | None = None,
-          progress: bool = True) -> History:
+          progress: bool = True, watch: Callable[[History], None] | None = None) -> History:
     """Train ``model`` in place on ``data.train`` and validate it, at fixed places, on ``data.valid``.
+
+    Under torchrun (``parallel.start``) every process has its share of each batch, and all end with the same weights.
 
     Args:
         folder: where ``checkpoint.safetensors`` is kept. If there is one, the run goes on from it, and on a CPU ends
             bit for bit as if it had never been interrupted; a finished run is only loaded.
         progress: a bar on the standard error.
+        watch: is handed the history after each validation.
 
     Raises:
         Diverged: loss or gradient is not finite; the last checkpoint written, if any, is from before.
         BadCheckpoint: the checkpoint is damaged, or of another model, configuration or corpus.
-        ValueError: an unknown device, a corpus shorter than one batch, tokens that the model does not know.
+        ValueError: an unknown device, a corpus shorter than one batch, tokens that the model does not know, a batch that
+            the processes do not divide.
     """
     device = check_device(config.device)
+    rank, size = parallel.world()
+    if config.batch % size:
+        raise ValueError(f"batch must be a multiple of the {size} processes, got {config.batch}")
     if data.vocab > model.config.vocab_size:
         raise ValueError(f"model must know the {data.vocab} tokens of {data.name}, "
                          f"got a vocabulary of {model.config.vocab_size}")
     model.to(device).train()
     path = None if folder is None else Path(folder) / "checkpoint.safetensors"
-    run = _Run(model, data, config, path)
+    run = _Run(model, data, config, device, path)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.seed + rank)
         run.resume()
-        run.go(device, progress)
+        run.warm_up()
+        run.go(progress and parallel.first(), watch)
     return run.history
 
 
 class _Run:
     """A model, its optimizers and its history: what a checkpoint holds."""
 
-    def __init__(self, model: nn.Module, data: Language, config: TrainConfig, path: Path | None) -> None:
-        self.model, self.data, self.config, self.path = model, data, config, path
+    def __init__(self, model: nn.Module, data: Language, config: TrainConfig, device: torch.device, path: Path | None) -> None:
+        self.model, self.data, self.config, self.device, self.path = model, data, config, device, path
+        self.trunk = torch.compile(model.base_model) if config.compile else model.base_model
         self.optimizers = optimizers(model, config)
-        self.layers = list(sparse_layers(model).values())
+        self.layers = sparse_layers(model)
+        self.masks = Masks(self.layers)
         self.history = History()
         self.step = 0  # optimizer steps done
         self.saved = 0
+        self.norms: list[float] = []  # since the last validation
         self.seen = windows(data.valid, config.batch * config.eval_batches, config.seq)
 
-    def go(self, device: torch.device, progress: bool) -> None:
+    def go(self, progress: bool, watch: Callable[[History], None] | None) -> None:
         config, history = self.config, self.history
-        before, begun = history.seconds, time.perf_counter()
+        written = time.monotonic()
         with tqdm(total=config.steps, initial=self.step, desc="train", unit="step", disable=not progress) as bar:
             if self.step == 0 and not history.valid:
-                self.validate(device)
+                self.validate()
             while self.step < config.steps:
-                x, y = batch(self.data.train, self.step, config.batch, config.seq, config.seed)
-                history.train.append(self.update(x.to(device), y.to(device)))
+                self.timed_step()
                 last = self.step == config.steps
                 if last or self.step % config.eval_every == 0:
-                    self.validate(device)
-                history.seconds = before + time.perf_counter() - begun
-                if self.path and (last or self.step % config.checkpoint_every == 0):
+                    self.validate()
+                    if watch:
+                        watch(history)
+                old = time.monotonic() - written >= config.checkpoint_seconds
+                if self.path and (last or self.step % config.checkpoint_every == 0 or parallel.agreed(old)):
                     self.save()
+                    written = time.monotonic()
                 bar.set_postfix(loss=f"{history.train[-1]:.3f}", valid=f"{history.valid[-1][1]:.3f}", refresh=False)
                 bar.update()
 
+    def timed_step(self) -> None:
+        """One optimizer step, on the clock and on the counter of joules."""
+        config, history = self.config, self.history
+        spent, begun = nvml.spent(self.device), time.perf_counter()
+        x, y = batch(self.data.train, self.step, config.batch, config.seq, config.seed)
+        rank, size = parallel.world()
+        history.train.append(self.update(x[rank::size].to(self.device), y[rank::size].to(self.device)))
+        history.seconds += time.perf_counter() - begun
+        if spent is not None:
+            history.joules += (nvml.spent(self.device) or spent) - spent
+
     def update(self, x: Tensor, y: Tensor) -> float:
-        """One optimizer step on inputs and targets ``[batch, seq]``; the loss before it."""
-        factor = learning_rate(self.config, self.step)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["base"] * factor
-        loss = loss_of(self.model, x, y, self.config.precision)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        value = loss.item()
+        """One optimizer step on this process's inputs and targets ``[batch, seq]``; the loss of all before it."""
+        config, parameters = self.config, list(self.model.parameters())
+        factor = learning_rate(config, self.step)
+        rates = {}
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            group["lr"] = group["base"] * factor
+            rates |= dict.fromkeys(map(id, group["params"]), group["lr"])
+        self.prepare()
+        value = self.backward(x, y)
+        parallel.average_gradients(parameters)
+        for layer in self.layers.values():
+            layer.edit_grad()
+        norm = nn.utils.clip_grad_norm_(parameters, config.clip).item()
         self.check(value, "loss")
-        self.check(norm.item(), "gradient norm")
+        self.check(norm, "gradient norm")
+        self.norms.append(norm)
+        freeze(self.optimizers, self.layers.values())
         for optimizer in self.optimizers:
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        for layer in self.layers:
-            layer.update_mask(self.step)
+        before = self.masks.now()
+        for layer in self.layers.values():
+            layer.rate = rates[id(layer.parameter)]
+            layer.update(self.step, config.steps, state_of(self.optimizers, layer))
+        self.masks.follow(before)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
         return value
 
-    def validate(self, device: torch.device) -> None:
-        loss = evaluate(self.model, *self.seen, self.config.batch, device, self.config.precision)
+    def prepare(self) -> None:
+        for layer in self.layers.values():
+            layer.prepare(self.step, self.config.steps)
+
+    def backward(self, x: Tensor, y: Tensor) -> float:
+        """Add the gradients of the mean loss, a few sequences at a time; the mean loss over all processes."""
+        config, value = self.config, 0.0
+        for part, target in zip(x.split(config.micro or len(x)), y.split(config.micro or len(y))):
+            share = len(part) / len(x)
+            loss = loss_of(self.model, part, target, config.precision, config.chunk, self.trunk)
+            value += loss.item() * share
+            extra = [cost for layer in self.layers.values() if (cost := layer.penalty()) is not None]
+            (sum(extra, loss) * share).backward()
+        return parallel.total(value, device=self.device)[0] / parallel.world()[1]
+
+    def warm_up(self) -> None:
+        """Compile before the clock starts."""
+        if not self.config.compile or self.step == self.config.steps:
+            return
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            x, y = batch(self.data.train, 0, self.config.batch, self.config.seq, self.config.seed)
+            rank, size = parallel.world()
+            self.prepare()
+            self.backward(x[rank::size].to(self.device), y[rank::size].to(self.device))
+        self.model.zero_grad(set_to_none=True)
+
+    def validate(self) -> None:
+        self.prepare()
+        loss = evaluate(self.model, *self.seen, self.config.batch, self.device, self.config.precision, self.config.chunk, self.trunk)
         self.check(loss, "validation loss")
         self.history.valid.append((self.step, loss))
+        seen = {TIME: self.history.seconds} if self.step else {}
+        if self.norms:
+            seen[NORM] = sum(self.norms) / len(self.norms)
+        if self.history.joules:
+            seen[ENERGY] = self.history.joules
+        for name, value in {**seen, **self.masks.report()}.items():
+            self.history.trace.setdefault(name, []).append((self.step, value))
+        self.norms = []
 
     def check(self, value: float, what: str) -> None:
         if not isfinite(value):
@@ -224,16 +280,15 @@ class _Run:
         for optimizer in self.optimizers:
             for p, state in optimizer.state.items():
                 found.update({f"optimizer.{names[id(p)]}.{key}": value for key, value in state.items()})
-        return found
+        return found | self.masks.tensors()
 
     def about(self) -> dict:
         """What a checkpoint must agree with: everything that the numbers depend on."""
-        skip = {"device", "checkpoint_every"}
         return {
-            "config": {name: value for name, value in asdict(self.config).items() if name not in skip},
+            "config": {name: value for name, value in asdict(self.config).items() if name not in FREE},
             "corpus": {"name": self.data.name, "digest": self.data.digest},
-            "layers": {name: f"{layer.structure!r} {layer.recipe} {layer.kernel}"
-                       for name, layer in sparse_layers(self.model).items()},
+            "layers": {name: f"{layer.structure!r} {spelled(layer.recipe)} {layer.kernel}"
+                       for name, layer in self.layers.items()},
         }
 
     def save(self) -> None:
@@ -242,10 +297,12 @@ class _Run:
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 self.check(float("nan"), name)
         random = {"random.cpu": torch.get_rng_state()}
-        if self.config.device != "cpu":
-            random["random.cuda"] = torch.cuda.get_rng_state()
-        rest = {"step": self.step, "history": asdict(self.history)}
-        checkpoint.save(self.path, tensors | random, self.about() | rest)
+        if self.device.type == "cuda":
+            random["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        rest = {"step": self.step, "norms": self.norms, "history": asdict(self.history)}
+        if parallel.first():
+            checkpoint.save(self.path, tensors | random, self.about() | rest)
+        parallel.wait()
         self.saved = self.step
 
     def resume(self) -> None:
@@ -263,11 +320,15 @@ class _Run:
         checkpoint.copy_tensors(self.path, checkpoint.model_tensors(self.model), own)
         self.load_optimizers(tensors)
         torch.set_rng_state(tensors["random.cpu"])
-        if self.config.device != "cpu" and "random.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["random.cuda"])
-        told = about["history"]
-        self.history = History(told["train"], [(step, loss) for step, loss in told["valid"]], told["seconds"])
+        if not parallel.first():  # the file has the first one's state
+            torch.manual_seed(self.config.seed + parallel.world()[0] + about["step"])
+        if self.device.type == "cuda" and "random.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
+        self.masks.load(tensors)
+        self.history = History.told(about["history"])
+        self.norms = about["norms"]
         self.step = self.saved = about["step"]
+        self.prepare()
 
     def load_optimizers(self, tensors: dict[str, Tensor]) -> None:
         names = {id(p): name for name, p in self.model.named_parameters()}
@@ -278,22 +339,32 @@ class _Run:
                 optimizer.state[p] = {key: value.to(p.device) for key, value in state.items()}
 
 
-def loss_of(model: nn.Module, x: Tensor, y: Tensor, precision: str = "float32") -> Tensor:
-    """Mean cross-entropy in nats of the targets ``y`` given the inputs ``x``, both ``[batch, seq]``."""
+def loss_of(model: nn.Module, x: Tensor, y: Tensor, precision: str = "float32", chunk: int = 0,
+            trunk: Callable[..., object] | None = None) -> Tensor:
+    """Mean cross-entropy in nats of the targets ``y`` given the inputs ``x``, both ``[batch, seq]``.
+
+    With ``chunk`` the logits of so many tokens are in memory at a time, and are computed again in the backward pass: they
+    are the largest tensor of a small model with a large vocabulary. ``trunk`` is the decoder, if it is not the model's own.
+    """
     with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        logits = model(input_ids=x).logits
-    return functional.cross_entropy(logits.float().flatten(0, 1), y.flatten())
+        hidden = (model.base_model if trunk is None else trunk)(input_ids=x)[0].flatten(0, 1)
+        head, y = model.get_output_embeddings(), y.flatten()
+        if not 0 < chunk < len(y):
+            return functional.cross_entropy(head(hidden).float(), y)
+        cost = lambda part, target: functional.cross_entropy(head(part).float(), target, reduction="sum")
+        parts = zip(hidden.split(chunk), y.split(chunk))
+        return sum(recompute(cost, part, target, use_reentrant=False) for part, target in parts) / len(y)
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, x: Tensor, y: Tensor, batch: int = 32, device: torch.device | str = "cpu",
-             precision: str = "float32") -> float:
+             precision: str = "float32", chunk: int = 0, trunk: Callable[..., object] | None = None) -> float:
     """Mean loss in nats per token over ``x``, ``y`` ``[windows, seq]``, ``batch`` windows at a time."""
     training = model.training
     model.eval()
-    total = 0.0
-    for start in range(0, len(x), batch):
+    total, (rank, size) = 0.0, parallel.world()
+    for start in range(rank * batch, len(x), size * batch):
         part, target = x[start:start + batch].to(device), y[start:start + batch].to(device)
-        total += loss_of(model, part, target, precision).item() * len(part)
+        total += loss_of(model, part, target, precision, chunk, trunk).item() * len(part)
     model.train(training)
-    return total / len(x)
+    return parallel.total(total, device=device)[0] / len(x)

@@ -11,11 +11,11 @@ from sparsesurvey import checkpoint, experiments
 from sparsesurvey.data import markov
 from sparsesurvey.experiments import SOURCE, Job, loss_curves, pruned_loss, trained
 from sparsesurvey.factored import FactoredLinear, factorise
-from sparsesurvey.linear import PRODUCTS, SparseLinear, densify, densities, sparse_layers
+from sparsesurvey.linear import SparseLinear, densify, densities, sparse_layers
 from sparsesurvey.measure import code_of, live
 from sparsesurvey.mistral import build
 from sparsesurvey.recipes import Recipe, Static
-from sparsesurvey.structure import Unavailable
+from sparsesurvey.structure import PRODUCTS, Unavailable
 from sparsesurvey.structures import NM, Block, LowRank, LowRankSparse, Monarch, QuantisedNM, Unstructured
 from sparsesurvey.train import TrainConfig, train
 
@@ -275,7 +275,8 @@ def test_masked_runs_have_the_code_that_they_had(language):
     """Rows of patterns stay what they are, whatever becomes of factored layers."""
     pattern, factored = (Job(structure, 0, language, "markov", CONFIG, Static()) for structure in (NM(2, 4), Monarch(4)))
     dense = Job(None, 0, language, "markov", CONFIG, Recipe())
-    assert pattern.source == dense.source == SOURCE and pattern.code == dense.code == code_of(SOURCE)
+    assert dense.source == SOURCE and pattern.source == f"{SOURCE},sparsesurvey.recipes.static"
+    assert dense.code == code_of(SOURCE) and pattern.code == code_of(pattern.source)
     assert pattern.method == "static" and type(pattern.start().model.layers[0].mlp.gate_proj) is SparseLinear
     assert factored.code != pattern.code and factored.code == code_of(factored.source)
     assert replace(factored, code="0" * 12).code == "0" * 12

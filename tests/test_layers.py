@@ -13,7 +13,7 @@ MODULES = sorted(LIBRARY.rglob("*.py"))
 NAMES = {path: ".".join(path.relative_to(LIBRARY.parent).with_suffix("").parts).removesuffix(".__init__")
          for path in MODULES}
 LAZY = {"scipy", "triton", "cupy", "cupyx"}  # a structure works without them, except for the kernels that need them
-HANDED = {"scores", "comparing", "pruning", "recipes", "benchmark", "experiments", "linear", "train", "calibration", "figures",
+HANDED = {"scores", "comparing", "pruning", "recipe", "benchmark", "experiments", "linear", "packed", "train", "calibration", "figures",
           "widgets", "scoreboard", "selection", "gated", "gpu"}  # are handed structures
 
 

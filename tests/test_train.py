@@ -16,10 +16,12 @@ from sparsesurvey.checkpoint import BadCheckpoint
 from sparsesurvey.data import batch, markov, windows
 from sparsesurvey.linear import densities, sparse_layers, sparsify
 from sparsesurvey.mistral import build
+from sparsesurvey.optim import learning_rate, optimizers
+from sparsesurvey.packed import pack_layers
 from sparsesurvey.recipes import Recipe, Static
 from sparsesurvey.structure import PRODUCTS, Pattern
 from sparsesurvey.structures import NM, VNM, Block, Unstructured, all_structures
-from sparsesurvey.train import Diverged, TrainConfig, evaluate, learning_rate, optimizers, train
+from sparsesurvey.train import Diverged, TrainConfig, evaluate, train
 
 SHORT = TrainConfig(steps=12, batch=4, seq=16, warmup=2, eval_every=6, eval_batches=2, checkpoint_every=5)
 STRUCTURES = [variant for kind in all_structures().values() for variant in kind.variants()
@@ -42,7 +44,8 @@ def one_thread():
 
 
 def model(structure=NM(2, 4), recipe=Static(), kernel="masked", seed=0):
-    return sparsify(build("markov", seed), structure, recipe, kernel=kernel, seed=seed)
+    made = sparsify(build("markov", seed), structure, recipe, seed=seed)
+    return made if kernel == "masked" else pack_layers(made, kernel)
 
 
 def same(one, two):
@@ -272,7 +275,7 @@ def test_damaged_checkpoint(language, saved, damage, message):
 @pytest.mark.parametrize("make, changes, message", [
     (model, {"lr": 1e-3}, "its config has lr = 0.01, this run 0.001"),
     (model, {"steps": 20}, "its config has steps = 12, this run 20"),
-    (lambda: model(NM(1, 4)), {}, r"its layers has .*_proj = .NM\(n=2, m=4.*\) static masked., this run .NM\(n=1"),
+    (lambda: model(NM(1, 4)), {}, r"its layers has .*_proj = .NM\(n=2, m=4.*\) Static\(score=None.* masked., this run .NM\(n=1"),
     (lambda: build("markov"), {}, "its layers has .* this run None"),
 ])
 def test_checkpoint_of_another_run(language, saved, make, changes, message):
@@ -302,7 +305,7 @@ def test_checkpoint_is_plain_safetensors(saved):
 class Poison(Recipe):
     at: int = 0
 
-    def update_mask(self, layer, step):
+    def update(self, layer, step, steps, state):
         if step == self.at:
             layer.weight.fill_(float("nan"))
 
