@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from sparsesurvey.kernels import cublaslt, semi_structured, spinfer, stk, torch_bsr
+from sparsesurvey.kernels import cublaslt, semi_structured, spatha, spinfer, stk, torch_bsr
 from sparsesurvey.structure import Unavailable
-from sparsesurvey.structures import NM, Block, Dense, Unstructured
+from sparsesurvey.structures import NM, VNM, Block, Dense, Unstructured
 
 PEERS = {
     Dense(): {"spmm": {"torch", "torch_compile", "cublaslt"}, "spmmt": {"torch", "cublaslt"}, "sddmm": {"torch", "cublaslt"}},
     NM(2, 4): {"spmm": {"torch_csr", "cusparselt", "cusparselt_searched", "cutlass"}, "spmmt": {"torch_csr"}},
     Block(32, 32, 0.5): {"spmm": {"torch_bsr", "torch_bsr_searched", "torch_csr", "stk"}, "spmmt": {"stk"}, "sddmm": {"stk"}},
+    VNM(64, 2, 8): {"spmm": {"spatha"}},
     Unstructured(0.5): {"spmm": {"torch_csr", "cupy_csr", "spinfer"}, "spmmt": {"torch_csr", "cupy_csr"}, "sddmm": {"torch_csr"}},
 }
 ON_GPU = [("spmm", "torch_compile", Dense()), ("spmm", "cublaslt", Dense()), ("spmmt", "cublaslt", Dense()),
@@ -327,3 +328,67 @@ def test_spinfers_own_packing_is_ours():
     assert (ours.masks.numpy() == number_of(masks.value, 64 * count, np.int64)).all()
     assert (ours.values.numpy() == number_of(values.value, theirs[-1], np.float16)).all()
     assert int(ours.largest) == -(-largest.value // 64) * 64
+
+
+# ---- Spatha: its kernel's addresses, and mma.sp.m16n8k32 by hand (PTX ISA)
+
+
+def spatha_product(v, choice, out, tokens, inn, m, values, metadata, columns, x, y, stream):
+    """The C function in float64, from the same addresses."""
+    quads = inn // m
+    stored = 2 * quads  # of a row
+    values = number_of(values, out * stored, np.float16).astype(np.float64)
+    metadata, columns = number_of(metadata, out * stored // 16, np.uint32), number_of(columns, out // v * 4 * quads, np.int32)
+    dense = number_of(x, inn * tokens, np.float16).reshape(inn, tokens).astype(np.float64)
+    result = number_of(y, out * tokens, np.float16).reshape(out, tokens)
+    result[:] = 0
+    for group in range(out // 32):
+        for step in range(quads // 8):
+            inputs = [step * 8 * m + place // 4 * m + columns[group * 32 // v * 4 * quads + step * 32 + place] for place in range(32)]
+            weight = np.zeros((32, 32))
+            for lane in range(32):
+                g, t = divmod(lane, 4)
+                start = (2 * group + lane // 16) * 16 * stored + step * 256 + lane % 16 * 8
+                registers = np.concatenate([values[start:start + 8], values[start + 128:start + 136]]).reshape(8, 2)
+                for half in (0, 1):  # of the step: quads t, and 4 + t
+                    word = group * 2 * stored + step * 32 + g * 2 + half * 16  # lane 4 g + half gives it to the row
+                    for row in range(4):
+                        code = int(metadata[word + row // 2]) >> 16 * (row % 2) + 4 * t & 15
+                        for value, place in zip(registers[4 * half + row], (code & 3, code >> 2)):
+                            weight[4 * g + row, 4 * (4 * half + t) + place] = value
+            result[32 * group:32 * group + 32] += (weight @ dense[inputs]).astype(np.float16)
+    return 0
+
+
+@pytest.mark.parametrize("structure", [VNM(64, 2, 8), VNM(128, 2, 16), VNM(64, 2, 5)], ids=str)
+def test_what_spatha_is_given_makes_the_product(monkeypatch, structure):
+    monkeypatch.setattr(spatha, "function", lambda values: spatha_product)
+    monkeypatch.setattr(spatha, "seconds", lambda run: float(run().sum() * 0))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    operand = packed(structure, torch.float16, (256, 16 * structure.m))
+    weight = structure.unpack(operand).double()
+    run = structure.spmm_spatha(operand)
+    for tokens in (0, 3, 128):
+        x = torch.randn(tokens, weight.shape[1]).half()
+        y = run(x)
+        assert y.dtype == torch.float16 and torch.allclose(y.double(), x.double() @ weight.T, atol=5e-2)
+
+
+def test_what_spatha_cannot_take(monkeypatch):
+    for structure, inn in ((VNM(32, 2, 8), 128), (VNM(64, 1, 8), 128), (VNM(64, 2, 8), 96)):
+        with pytest.raises(Unavailable, match="needs panels of 64 or 128 outputs, 2 of 4 columns"):
+            structure.spmm_spatha(packed(structure, torch.float16, (64, inn)))
+    halves = packed(VNM(64, 2, 8), torch.float16, (64, 128))
+    monkeypatch.delenv(spatha.VARIABLE, raising=False)
+    with pytest.raises(Unavailable, match="needs Spatha, built by you, and its path in SPARSESURVEY_SPATHA"):
+        VNM(64, 2, 8).spmm_spatha(halves)
+    monkeypatch.setenv(spatha.VARIABLE, "/nowhere/libspatha.so")
+    with pytest.raises(Unavailable, match="needs a CUDA device"):
+        VNM(64, 2, 8).spmm_spatha(halves)
+
+
+@pytest.mark.skipif(not os.environ.get(spatha.VARIABLE), reason="needs Spatha's library")
+def test_spathas_library_has_the_tiles_that_we_try():
+    found = ctypes.CDLL(os.environ[spatha.VARIABLE]).spatha_product
+    for v, choice in ((64, spatha.CHOICES), (64, -1), (32, 0)):
+        assert found(v, choice, *[0] * 4, *[ctypes.c_void_p()] * 6) == -1

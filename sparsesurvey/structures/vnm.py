@@ -255,6 +255,12 @@ class VNM(Pattern):
         mma_sp.require(packed.values, self.n, COLUMNS, self.v)
         return mma_sp.product_plan(mma_sp.arrange(*self.quads(packed, positions), packed.shape))
 
+    def spmm_spatha(self, packed: PackedVNM) -> Plan:
+        """Spatha's kernel, where the reader has built it (kernels/spatha.py)."""
+        from sparsesurvey.kernels import spatha
+
+        return spatha.plan(packed.values, self.positions(packed), packed.columns, self.v, self.m, packed.shape)
+
     def quads(self, packed: PackedVNM, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The tiles as ``mma_sp.arrange`` takes them: values and positions ``[tiles, v, n]``, inputs, tiles a panel."""
         panels, groups, _ = packed.columns.shape
