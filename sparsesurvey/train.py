@@ -241,8 +241,8 @@ class _Run:
         return parallel.total(value, device=self.device)[0] / parallel.world()[1]
 
     def warm_up(self) -> None:
-        """Compile before the clock starts."""
-        if not self.config.compile or self.step == self.config.steps:
+        """Compile, and tune a GPU's kernels, before the clock starts."""
+        if not (self.config.compile or self.device.type == "cuda") or self.step == self.config.steps:
             return
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             x, y = batch(self.data.train, 0, self.config.batch, self.config.seq, self.config.seed)
