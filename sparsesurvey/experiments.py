@@ -52,7 +52,7 @@ SOURCE = ",".join(f"sparsesurvey.{module}" for module in ("data", "linear", "mis
 
 @dataclass(frozen=True)
 class Job:
-    """One run: what is trained, on what, how. ``structure`` None is the plain dense model, as is one named "dense".
+    """One run: what is trained, on what, how; the model has the vocabulary of the language. ``structure`` None is the plain dense model, as is one named "dense".
 
     One without a mask is trained by the values that it stores, see ``factored``; its recipe must be ``Static()``.
     ``kernel`` is "masked", dense products with a mask, or one of the structure's kernels, see ``packed``.
@@ -179,7 +179,7 @@ class Job:
 
     def start(self) -> nn.Module:
         """The model before its first step."""
-        model = build(self.model, self.seed)
+        model = build(self.model, self.seed, vocab=self.language.vocab)
         if self.factored:
             if self.recipe != Static() or self.kernel != "masked":
                 raise ValueError(f"recipe must be Static() for {self.structure}, which has no mask; got {self.recipe}")
