@@ -1,5 +1,7 @@
 """ALPS (Meng, Behdin, Wang and Mazumder 2024): choose what is kept by ADMM, then its values by conjugate gradients."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -36,24 +38,28 @@ def alps(weight: Tensor, structure: Pattern, inputs: object, damp: float = 0.01,
     gram, _ = damped(gram, damp)
     scale = gram.diagonal().sqrt()
     gram, dense = gram / scale / scale[:, None], dense * scale
-    start, mask = support(dense, gram, structure, iterations)
-    fitted = conjugate_gradients(gram, dense @ gram, mask, start * mask, polish)
+    target = dense @ gram
+    start, mask = support(dense, target, gram, structure, iterations)
+    fitted = conjugate_gradients(gram, target, mask, start * mask, polish)
     return Pruned((fitted / scale).to(weight.dtype), mask)
 
 
-def support(dense: Tensor, gram: Tensor, structure: Pattern, iterations: int, rho: float = 0.1) -> tuple[Tensor, Tensor]:
-    """The weight ``[out, in]`` that ADMM ends with, before it is pruned, and the mask; ``gram`` has a diagonal of ones."""
-    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    inverse = lambda rho: torch.cholesky_inverse(torch.linalg.cholesky(gram + rho * eye))
-    target, first, held = dense @ gram, structure.select(dense.square()), inverse(rho)
-    copy, price, last, grown = dense * first, torch.zeros_like(dense), first, False
-    kept = max(int(first.sum()), 1)
+def support(dense: Tensor, target: Tensor, gram: Tensor, structure: Pattern, iterations: int,
+            rho: float = 0.1) -> tuple[Tensor, Tensor]:
+    """The weight ``[out, in]`` that ADMM ends with, before it is pruned, and the mask.
+
+    ``gram`` has a diagonal of ones, ``target`` is ``dense @ gram``. Of ``pull``, the paper's V + U / rho, the kept part is
+    the new D, and what is pruned is the new U / rho: U is all that the two disagreed by.
+    """
+    first = structure.select(dense.square())
+    copy, price, last, grown = dense * first, torch.zeros_like(dense), first, False  # D and U / ``unit``
+    kept, unit, solve = max(int(first.sum()), 1), rho, solver(gram, rho, len(dense))
     for iteration in range(1, iterations + 1):
-        free = (target - price + rho * copy) @ held
-        pull = free + price / rho
+        free = solve(torch.add(target, copy, alpha=rho).sub_(price, alpha=unit))
+        pull, unit = torch.add(free, price, alpha=unit / rho), rho
         mask = structure.select(pull.square())
         copy = pull * mask
-        price = price + rho * (free - copy)
+        price = pull.sub_(copy)
         if iteration % EVERY:
             continue
         changed = int((mask != last).sum()) / kept  # what went and what came
@@ -64,8 +70,21 @@ def support(dense: Tensor, gram: Tensor, structure: Pattern, iterations: int, rh
             break
         else:
             grown, rho = True, rho * next(factor for share, factor in RAISE if changed > share)
-        held = inverse(rho)
+        solve = solver(gram, rho, len(dense))
     return free, structure.select(free.square())
+
+
+def solver(gram: Tensor, rho: float, rows: int) -> Callable[[Tensor], Tensor]:
+    """A function from S ``[rows, in]`` to ``S @ (gram + rho I)^-1``.
+
+    For ``EVERY`` calls the inverse pays where there are many rows; a few are solved by the factor, twice.
+    """
+    lower = torch.linalg.cholesky(gram + rho * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+    if 2 * rows >= len(gram):
+        inverse = torch.cholesky_inverse(lower)
+        return lambda side: side @ inverse
+    half = torch.linalg.solve_triangular
+    return lambda side: half(lower, half(lower.mT, side, upper=True, left=False), upper=False, left=False)
 
 
 def conjugate_gradients(gram: Tensor, target: Tensor, mask: Tensor, start: Tensor, steps: int, enough: float = 1e-4) -> Tensor:
@@ -79,9 +98,9 @@ def conjugate_gradients(gram: Tensor, target: Tensor, mask: Tensor, start: Tenso
     for _ in range(steps):
         if (size <= goal).all():
             break
-        moved = (direction @ gram) * mask
+        moved = (direction @ gram).mul_(mask)
         length = size / (direction * moved).sum(1, keepdim=True).clamp(min=torch.finfo(gram.dtype).tiny)
-        solution, residual = solution + length * direction, residual - length * moved
+        solution, residual = torch.addcmul(solution, length, direction), torch.addcmul(residual, length, moved, value=-1)
         before, size = size, residual.square().sum(1, keepdim=True)
-        direction = residual + size / before.clamp(min=torch.finfo(gram.dtype).tiny) * direction
+        direction = torch.addcmul(residual, size / before.clamp(min=torch.finfo(gram.dtype).tiny), direction)
     return solution

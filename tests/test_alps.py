@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sparsesurvey.alps import alps, conjugate_gradients
+from sparsesurvey.alps import alps, conjugate_gradients, solver, support
 from sparsesurvey.reconstruction import correlated, output_error, refit
 from sparsesurvey.sparsegpt import sparsegpt
 from sparsesurvey.structure import Pattern
@@ -48,6 +48,36 @@ def test_without_correlation_it_is_magnitude_up_to_near_ties():
     best = NM(2, 4).mask(weight.abs())
     assert (mask == best).double().mean() > 0.95
     assert output_error(weight, found, inputs) < 1.03 * output_error(weight, weight * best, inputs)
+
+
+def by_the_letter(dense, gram, structure, rhos):
+    """ADMM as the paper writes it: W, its copy D in the structure and the dual V, an inverse for each penalty of ``rhos``."""
+    copy, dual = dense * structure.select(dense.square()), torch.zeros_like(dense)
+    for rho in rhos:
+        free = (dense @ gram - dual + rho * copy) @ torch.linalg.inv(gram + rho * torch.eye(len(gram), dtype=gram.dtype))
+        copy = (free + dual / rho) * structure.select((free + dual / rho).square())
+        dual = dual + rho * (free - copy)
+    return free
+
+
+@pytest.mark.parametrize("shape", [(48, 24), (8, 96)], ids=str)  # many rows, few rows: ``solver`` goes two ways
+@pytest.mark.parametrize("structure", [NM(2, 4), Unstructured(0.2)], ids=str)
+def test_iterations_are_those_of_the_paper(shape, structure):
+    weight, inputs = small(*shape)
+    gram = inputs.gram.double() / inputs.tokens
+    gram = gram / gram.diagonal().sqrt() / gram.diagonal().sqrt()[:, None] + 0.01 * torch.eye(len(gram))
+    dense = weight.double()
+    found, mask = support(dense, dense @ gram, gram, structure, 9)
+    torch.testing.assert_close(found, by_the_letter(dense, gram, structure, [0.1] * 3 + [0.13] * 3 + [0.169] * 3))
+    assert torch.equal(mask, structure.select(found.square()))
+
+
+@pytest.mark.parametrize("rows", [3, 64])
+def test_solver_is_the_inverse(rows):
+    gram = small()[1].gram.double()
+    side = torch.randn(rows, 64, dtype=torch.float64)
+    found = solver(gram, 0.7, rows)(side)
+    torch.testing.assert_close(found @ (gram + 0.7 * torch.eye(64)), side)
 
 
 def test_conjugate_gradients_reach_the_least_squares():
