@@ -71,19 +71,21 @@ def inputs_of(x: Tensor, want: Sequence[str] = ("square",), dtype: torch.dtype =
     return sums.inputs()
 
 
-def correlated_inputs(tokens: int = 2048, channels: int = 256, outliers: int = 4, scale: float = 13.0, sigma: float = 0.5,
-                      seed: int = 0) -> Tensor:
-    """Made-up activations ``[tokens, channels]``: mixed normal numbers, channels of log-normal scale, some far larger.
+def correlated_layer(seed: int = 0, size: int = 256, tokens: int = 2048, loud: float = 15.0,
+                     alike: float = 0.0) -> tuple[Tensor, Tensor]:
+    """A made-up layer: Gaussian weight ``[size, size]``, correlated activations ``[tokens, size]``, four channels far larger.
 
-    ``sigma`` is that of the scales' logarithm; an outlier channel has the standard deviation ``scale``. As the inputs of
-    LLaMA's layers are described, and as the layer-wise comparison of the scores uses them.
+    These four are ``loud`` times what they were, as the inputs of large language models are described. With ``alike`` above
+    0 every eight neighbours have one log-normal scale of that spread, so that groups of neighbours are all strong or all
+    weak. The default has the errors that ``tests/test_sparsegpt.py`` asserts.
     """
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.eye(channels) + torch.randn(channels, channels, generator=generator) / channels**0.5
-    x = torch.randn(tokens, channels, generator=generator) @ mixing
-    sizes = (sigma * torch.randn(channels, generator=generator)).exp()
-    sizes[torch.randperm(channels, generator=generator)[:outliers]] = scale
-    return x / x.std(0) * sizes
+    draw = torch.Generator().manual_seed(seed)
+    weight = torch.randn(size, size, generator=draw)
+    mixing = torch.randn(size, size, generator=draw) / size**0.5
+    x = torch.randn(tokens, size, generator=draw) @ mixing + 0.3 * torch.randn(tokens, size, generator=draw)
+    x *= (alike * torch.randn(-(-size // 8), generator=draw)).exp().repeat_interleave(8)[:size]
+    x[:, torch.randperm(size, generator=draw)[:4]] *= loud
+    return weight, x
 
 
 def calibrate(model: nn.Module, batches: Iterable[Tensor], modules: Iterable[str] = MLP, want: Sequence[str] = ("square",),

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsesurvey.calibration import Inputs, inputs_of
 from sparsesurvey.structure import Pattern, check_weight, describe
 
 STEP, FIRST, LAST = 10.0, 1e-8, 10.0  # how damping is raised: by what factor, from where if it was 0, up to where
@@ -145,19 +144,3 @@ def check_pattern(structure: object, who: str) -> None:
     """Raise ValueError unless the structure has masks to choose from."""
     if not isinstance(structure, Pattern):
         raise ValueError(f"{who} needs a structure with a mask (a Pattern), got {structure!r}")
-
-
-def correlated(seed: int = 0, size: int = 256, tokens: int = 2048, loud: float = 15.0,
-               alike: float = 0.0) -> tuple[Tensor, Inputs]:
-    """A Gaussian weight ``[size, size]`` and inputs as a layer sees them: correlated, four of them ``loud`` times the others.
-
-    With ``alike`` above 0 every eight neighbours have one log-normal scale of that spread, so that groups of neighbours
-    are all strong or all weak. The default has the errors that ``tests/test_sparsegpt.py`` asserts.
-    """
-    draw = torch.Generator().manual_seed(seed)
-    weight = torch.randn(size, size, generator=draw)
-    mixing = torch.randn(size, size, generator=draw) / size**0.5
-    x = torch.randn(tokens, size, generator=draw) @ mixing + 0.3 * torch.randn(tokens, size, generator=draw)
-    x *= (alike * torch.randn(-(-size // 8), generator=draw)).exp().repeat_interleave(8)[:size]
-    x[:, torch.randperm(size, generator=draw)[:4]] *= loud
-    return weight, inputs_of(x, want=("gram", "entropy"))

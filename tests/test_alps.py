@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from sparsesurvey.alps import alps, conjugate_gradients, solver, support
-from sparsesurvey.reconstruction import correlated, output_error, refit
+from sparsesurvey.calibration import correlated_layer, inputs_of
+from sparsesurvey.reconstruction import output_error, refit
 from sparsesurvey.sparsegpt import sparsegpt
 from sparsesurvey.structure import Pattern
 from sparsesurvey.structures import NM, Monarch, Unstructured, all_structures
@@ -15,8 +16,8 @@ FIRST = [kind() for kind in all_structures().values() if issubclass(kind, Patter
 
 
 def small(out=64, inn=64, seed=0):
-    weight, inputs = correlated(seed, size=max(out, inn), tokens=4 * inn)
-    return weight[:out, :inn], SimpleNamespace(gram=inputs.gram[:inn, :inn], tokens=inputs.tokens)
+    weight, x = correlated_layer(seed, size=max(out, inn), tokens=4 * inn)
+    return weight[:out, :inn], inputs_of(x[:, :inn], ("gram",))
 
 
 @pytest.mark.parametrize("structure", FIRST, ids=str)
@@ -32,7 +33,8 @@ def test_every_pattern_holds(structure):
 
 @pytest.mark.parametrize("structure", [NM(2, 4), Unstructured(0.5), Unstructured(0.3)], ids=str)
 def test_beats_sparsegpt_and_is_near_the_best_values_of_its_support(structure):
-    weight, inputs = correlated()
+    weight, x = correlated_layer()
+    inputs = inputs_of(x, ("gram",))
     found, mask = alps(weight, structure, inputs)
     error = output_error(weight, found, inputs)
     assert error < output_error(weight, sparsegpt(weight, structure, inputs).weight, inputs)

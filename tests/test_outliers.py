@@ -6,7 +6,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from sparsesurvey import outliers, scoring
-from sparsesurvey.calibration import calibrate, correlated_inputs, inputs_of
+from sparsesurvey.calibration import calibrate, correlated_layer, inputs_of
 from sparsesurvey.data import markov
 from sparsesurvey.mistral import build
 from sparsesurvey.models import samples
@@ -108,7 +108,8 @@ def test_a_sweep_tells_which_methods_depend_on_the_outliers():
 
 
 def test_pictures_and_tables_of_one_layer():
-    weight, inputs = gaussian((32, 32)), inputs_of(correlated_inputs(256, 32), ("gram", "entropy"))
+    weight, x = correlated_layer(size=32, tokens=256)
+    inputs = inputs_of(x, ("gram", "entropy"))
     layers = {"one": (weight, inputs)}
     table = scoring.errors(layers, NM())
     assert list(table.index) == list(scoring.FIVE) and table.loc["Wanda", "one"] < table.loc["magnitude", "one"]

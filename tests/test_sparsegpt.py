@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sparsesurvey.reconstruction import correlated, output_error, refit
+from sparsesurvey.calibration import correlated_layer, inputs_of
+from sparsesurvey.reconstruction import output_error, refit
 from sparsesurvey.sparsegpt import columns_at_a_time, sparsegpt, sweep
 from sparsesurvey.structure import Pattern
 from sparsesurvey.structures import (
@@ -159,8 +160,12 @@ def wanda(weight, inputs):
 
 
 def test_the_order_of_the_methods_on_correlated_inputs():
-    """Relative output error of 2:4: magnitude .135 > Wanda .0325 > SparseGPT .0222 > least squares on Wanda's mask .0173."""
-    weight, inputs = synthetic()
+    """Relative output error of 2:4: magnitude .135 > Wanda .0325 > SparseGPT .0222 > least squares on Wanda's mask .0173.
+
+    Correlated inputs, four channels 15 times as loud; what the four numbers' own case left open is fitted to them.
+    """
+    weight, x = correlated_layer()
+    inputs = inputs_of(x, ("gram",))
     keep = {"magnitude": NM(2, 4).mask(weight.abs()), "wanda": NM(2, 4).mask(wanda(weight, inputs))}
     errors = [output_error(weight, weight * keep["magnitude"], inputs), output_error(weight, weight * keep["wanda"], inputs),
               output_error(weight, sparsegpt(weight, NM(2, 4), inputs).weight, inputs),
@@ -169,19 +174,10 @@ def test_the_order_of_the_methods_on_correlated_inputs():
     assert errors == pytest.approx([0.135, 0.0325, 0.0222, 0.0173], rel=0.15)
 
 
-def synthetic(seed=0, size=256, tokens=2048):
-    """Correlated inputs, four channels 15 times as loud; what the four numbers' own case left open is fitted to them."""
-    draw = torch.Generator().manual_seed(seed)
-    weight, mixing = (torch.randn(size, size, generator=draw) for _ in range(2))
-    x = torch.randn(tokens, size, generator=draw) @ mixing / 16 + 0.3 * torch.randn(tokens, size, generator=draw)
-    x[:, torch.randperm(size, generator=draw)[:4]] *= 15
-    return weight, SimpleNamespace(gram=x.T @ x, square=x.square().sum(0), tokens=tokens)
-
-
-def test_the_library_has_such_a_case():
-    weight, inputs = correlated(tokens=512, size=64)
-    assert inputs.tokens == 512 and inputs.square.sqrt().topk(5).values.diff().argmin() == 3  # four loud channels
-    assert torch.equal(correlated(tokens=512, size=64)[0], weight)
+def test_the_made_up_layer_has_four_loud_channels():
+    weight, x = correlated_layer(tokens=512, size=64)
+    assert weight.shape == (64, 64) and x.shape == (512, 64) and x.norm(dim=0).topk(5).values.diff().argmin() == 3
+    assert all(map(torch.equal, correlated_layer(tokens=512, size=64), (weight, x)))
 
 
 def test_a_dead_input_loses_its_weights():

@@ -6,7 +6,8 @@ import torch
 
 from sparsesurvey import sweeps
 from sparsesurvey.alps import alps
-from sparsesurvey.reconstruction import correlated, output_error
+from sparsesurvey.calibration import correlated_layer, inputs_of
+from sparsesurvey.reconstruction import output_error
 from sparsesurvey.scores import magnitude, wanda
 from sparsesurvey.sparsegpt import sparsegpt, sweep
 from sparsesurvey.structures import NM, Block, Unstructured
@@ -14,7 +15,8 @@ from sparsesurvey.structures import NM, Block, Unstructured
 
 @pytest.fixture(scope="module")
 def layer():
-    return correlated(size=64, tokens=256)
+    weight, x = correlated_layer(size=64, tokens=256)
+    return weight, inputs_of(x, ("gram",))
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +57,6 @@ def test_choices_say_when_each_structure_chooses(layer):
 
 
 def test_a_sweep_of_one_line_is_drawn():
-    weight, inputs = correlated(size=8, tokens=64)
-    sweeps.draw(sweep(weight[:1], NM(2, 4), inputs), [0, 8], corner=(4, 8))
+    weight, x = correlated_layer(size=8, tokens=64)
+    sweeps.draw(sweep(weight[:1], NM(2, 4), inputs_of(x, ("gram",))), [0, 8], corner=(4, 8))
     assert torch.isfinite(weight).all()
