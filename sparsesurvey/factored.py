@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -38,19 +38,8 @@ class FactoredLinear(PackedLinear):
         _check_structure(structure, kernel)
         self.structure, self.recipe, self.kernel = structure, Static(), kernel
         packed = start(weight.detach(), structure)
-        self.values = nn.Parameter(packed.values.clone())
-        self._parts = []
-        for name, part in _parts(packed):
-            self._parts.append(name)
-            self.register_buffer(name, part)
-        self._form = _refill(packed, lambda name, part: part.to("meta"))
-        self._plans = (None, {})
+        self._hold(packed, packed.values.clone())
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
-
-    @property
-    def packed(self) -> Any:
-        """The weight in the structure's format; its tensors are the layer's own."""
-        return _refill(self._form, lambda name, part: getattr(self, name))._replace(values=self.values.detach())
 
     def product(self, x: Tensor) -> Tensor:
         return super().product(x.to(self.values.dtype)).to(x.dtype)
@@ -74,29 +63,6 @@ def _check_structure(structure: Structure, kernel: str) -> None:
         raise ValueError(f"structure must have one weight for both directions, but {structure} prunes them apart: that needs "
                          "a recipe with two masks, which there is none of yet")
     check_kernel(structure, kernel)
-
-
-def _parts(packed: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of an operand, of inner ones too, but the values: under the name of its buffer."""
-    for name, part in packed._asdict().items():
-        if hasattr(part, "_replace"):
-            yield from _parts(part, f"{prefix}{name}_")
-        elif isinstance(part, Tensor) and name != "values":
-            yield prefix + name, part
-
-
-def _refill(packed: Any, find: Callable[[str, Tensor], Tensor], prefix: str = "") -> Any:
-    """The operand with what ``find`` gives in each place that ``_parts`` names.
-
-    Values become shapes: those of an inner operand are a part of the whole's, which the caller puts in.
-    """
-    made = {}
-    for name, part in packed._asdict().items():
-        if hasattr(part, "_replace"):
-            made[name] = _refill(part, find, f"{prefix}{name}_")
-        elif isinstance(part, Tensor):
-            made[name] = part.to("meta") if name == "values" else find(prefix + name, part)
-    return packed._replace(**made)
 
 
 def factorise(model: nn.Module, structure: Structure, modules: Iterable[str] = MLP, kernel: str = "reference") -> nn.Module:

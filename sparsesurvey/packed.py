@@ -6,31 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from sparsesurvey.linear import SparseLinear, StructuredLinear, sparse_layers
-from sparsesurvey.structure import PRODUCTS, Pattern, Plan, Structure
-
-
-class PackedProducts(torch.autograd.Function):
-    """y = x @ W.T with gradients dx = dy @ W and dW = dy.T @ x in the layout of the values, each by a kernel."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, values: Tensor, layer: PackedLinear) -> Tensor:
-        ctx.layer = layer
-        ctx.save_for_backward(x, values)
-        with torch.autocast(x.device.type, enabled=False):  # a plan computes in the dtype that it was made for
-            return layer.plan("spmm", x.dtype)(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, values = ctx.saved_tensors
-        dy = dy.to(x.dtype).contiguous()
-        dx = ctx.layer.plan("spmmt", x.dtype)(dy) if ctx.needs_input_grad[0] else None
-        grad = ctx.layer.plan("sddmm", x.dtype)(dy, x).to(values.dtype) if ctx.needs_input_grad[1] else None
-        ctx.layer.forget_plans()
-        return dx, grad, None
+from sparsesurvey.operators import KINDS, OPERATORS, kind, parts
+from sparsesurvey.structure import PRODUCTS, Pattern, Structure
 
 
 class PackedLinear(StructuredLinear):
@@ -61,44 +40,32 @@ class PackedLinear(StructuredLinear):
     def _hold(self, packed: Any, values: Tensor) -> None:
         """Keep the packed weight: ``values`` as the parameter, its other tensors as buffers of their own names."""
         self.values = nn.Parameter(values)
-        self._parts = [name for name, part in packed._asdict().items() if isinstance(part, Tensor) and name != "values"]
-        for name in self._parts:
-            self.register_buffer(name, getattr(packed, name))
-        self._form = packed._replace(**dict.fromkeys(["values", *self._parts]))  # what is no tensor: shapes and such
-        self._plans: tuple[Any, dict[str, Plan]] = (None, {})
+        self.kind = kind(self.structure, self.kernel, packed)  # its number among the operators' kinds of weights
+        self._names = []
+        for name, part in parts(packed):
+            self._names.append(name)
+            self.register_buffer(name, part)
 
     @property
     def parameter(self) -> nn.Parameter:
         return self.values
 
     @property
+    def places(self) -> list[Tensor]:
+        """Every tensor of the packed weight but the values."""
+        return [getattr(self, name) for name in self._names]
+
+    @property
     def packed(self) -> Any:
         """The packed weight in the structure's format; its tensors are the layer's own."""
-        parts = {name: getattr(self, name) for name in self._parts}
-        return self._form._replace(values=self.values.detach(), **parts)
+        return self.operand(self.values.detach())
 
-    def plan(self, product: str, dtype: torch.dtype) -> Plan:
-        """The kernel of a product for the values as they are now, in ``dtype``.
-
-        A plan may have copied them, so it is made again when a tensor of the packed weight was written to or moved.
-        torch counts writes, but not those of its fused optimizers: hence no plan outlives a backward pass either.
-        """
-        held = [self.values, *(getattr(self, name) for name in self._parts)]
-        state = dtype, *((part.data_ptr(), part._version) for part in held)
-        if self._plans[0] != state:
-            self._plans = (state, {})
-        plans = self._plans[1]
-        if product not in plans:
-            packed = self.packed
-            plans[product] = self.structure.kernels(product)[self.kernel](packed._replace(values=packed.values.to(dtype)))
-        return plans[product]
-
-    def forget_plans(self) -> None:
-        """The values are about to change."""
-        self._plans = (None, {})
+    def operand(self, values: Tensor) -> Any:
+        """The packed weight with other values in its places."""
+        return KINDS[self.kind].operand(values, self.places)
 
     def product(self, x: Tensor) -> Tensor:
-        return PackedProducts.apply(x, self.values, self)
+        return OPERATORS.spmm(x, self.values, self.places, self.kind, self.out_features)
 
     @torch.no_grad()
     def dense(self) -> Tensor:

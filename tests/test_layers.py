@@ -14,7 +14,7 @@ NAMES = {path: ".".join(path.relative_to(LIBRARY.parent).with_suffix("").parts).
          for path in MODULES}
 LAZY = {"scipy", "triton", "cupy", "cupyx"}  # a structure works without them, except for the kernels that need them
 HANDED = {"scores", "comparing", "pruning", "recipe", "benchmark", "experiments", "linear", "packed", "train", "calibration", "figures",
-          "widgets", "scoreboard", "selection", "gated", "gpu"}  # are handed structures
+          "widgets", "scoreboard", "selection", "gated", "gpu", "mlp", "operators", "plans"}  # are handed structures
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:
