@@ -25,7 +25,8 @@ from sparsesurvey.structure import (
     Facts, Pattern, Plan, Shape, check_activations, check_density, check_int, check_order, check_part,
 )
 from sparsesurvey.structures.unstructured import (
-    NO_PATH, WHY_NOT, PackedCSR, scipy_csr, scipy_product, tiled_product, torch_csr, torch_product, torch_sampled,
+    NO_PATH, WHY_NOT, PackedCSR, bitmap_product, scipy_csr, scipy_product, skipping_product, tiled_product, torch_csr, torch_product,
+    torch_sampled,
 )
 
 BYTE = 8  # positions of up to so many bits are stored side by side without a gap, longer ones as int16 or int32
@@ -187,3 +188,14 @@ class Balanced(Pattern):
 
     def spmmt_scipy_csr(self, packed: PackedBalanced) -> Plan:
         return scipy_product("dy", scipy_csr(self.general(packed).transposed()), packed.values)
+
+    # On a GPU the two kernels for zeros anywhere; that banks are equal in work is nothing to them.
+
+    def spmm_cuda_bitmap(self, packed: PackedBalanced) -> Plan:
+        return bitmap_product(self.general(packed))
+
+    def spmm_cuda_skip(self, packed: PackedBalanced) -> Plan:
+        return skipping_product("x", self.general(packed))
+
+    def spmmt_cuda_skip(self, packed: PackedBalanced) -> Plan:
+        return skipping_product("dy", self.general(packed).transposed())

@@ -29,7 +29,7 @@ from sparsesurvey.structure import (
     Facts, Pattern, Plan, Shape, check_activations, check_density, check_order, check_pair, check_part,
 )
 from sparsesurvey.structures.unstructured import (
-    NO_PATH, WHY_NOT, PackedCSR, scipy_product, scipy_sparse, tiled_product, torch_csr, torch_product, torch_sampled,
+    NO_PATH, WHY_NOT, PackedCSR, scipy_product, scipy_sparse, skipping_product, tiled_product, torch_csr, torch_product, torch_sampled,
 )
 
 FEW = 8  # tokens up to which all diagonals are multiplied at once
@@ -182,6 +182,16 @@ class Diagonal(Pattern):
     def spmmt_tiled_csr(self, packed: PackedDiagonals) -> Plan:
         self.places(packed)
         return tiled_product("dy", torch_csr(self.general(packed)[0].transposed()))
+
+    # On a GPU: the kernel that skips. Its activations are feature-major, so that diagonals cost it no unaligned loads.
+
+    def spmm_cuda_skip(self, packed: PackedDiagonals) -> Plan:
+        self.places(packed)
+        return skipping_product("x", self.general(packed)[0])
+
+    def spmmt_cuda_skip(self, packed: PackedDiagonals) -> Plan:
+        self.places(packed)
+        return skipping_product("dy", self.general(packed)[0].transposed())
 
     def spmm_scipy_dia(self, packed: PackedDiagonals) -> Plan:
         self.places(packed)

@@ -24,7 +24,8 @@ from sparsesurvey.structure import (
     Facts, Pattern, Plan, Shape, Unavailable, check_int, check_order, check_pair, check_part, check_weight,
 )
 from sparsesurvey.structures.unstructured import (
-    NO_PATH, WHY_NOT, PackedCSR, scipy_csr, scipy_product, tiled_product, torch_csr, torch_product, torch_sampled,
+    NO_PATH, WHY_NOT, PackedCSR, bitmap_product, scipy_csr, scipy_product, skipping_product, tiled_product, torch_csr, torch_product,
+    torch_sampled,
 )
 
 
@@ -304,6 +305,19 @@ class NM(Pattern):
         from sparsesurvey.kernels import mma_sp
 
         return mma_sp.rows_plan("dy", self.two_of_four("out", packed))
+
+    # Any n:m can be multiplied by the two kernels for zeros anywhere: few tokens, or few weights.
+
+    def spmm_cuda_bitmap(self, packed: PackedNM) -> Plan:
+        if self.across:
+            raise Unavailable(f"needs groups along the inputs, {self} has them along the outputs")
+        return bitmap_product(self.general(packed))
+
+    def spmm_cuda_skip(self, packed: PackedNM) -> Plan:
+        return skipping_product("x", self.forward(packed))
+
+    def spmmt_cuda_skip(self, packed: PackedNM) -> Plan:
+        return skipping_product("dy", self.backward(packed))
 
     def on_sparse_cores(self, summed: str, packed: PackedNM, searched: bool = False) -> Plan:
         from sparsesurvey.kernels import semi_structured

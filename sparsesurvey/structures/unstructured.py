@@ -127,6 +127,35 @@ class Unstructured(Pattern):
 
         return spinfer.plan(self.unpack(packed))
 
+    def spmm_macko(self, packed: PackedCSR) -> Plan:
+        """MACKO's kernel for one token (kernels/macko.py)."""
+        from sparsesurvey.kernels import macko
+
+        self.places(packed)
+        return macko.plan(packed)
+
+    def spmm_sputnik(self, packed: PackedCSR) -> Plan:
+        """Sputnik's kernels for CUDA cores (kernels/sputnik.py)."""
+        from sparsesurvey.kernels import sputnik
+
+        self.places(packed)
+        return sputnik.plan("x", packed)
+
+    # Kernels of ours on a GPU: for few tokens, which wait for bytes (kernels/bitmap.py), and for so few weights that ordinary
+    # arithmetic is faster than tensor cores (kernels/skip.py).
+
+    def spmm_cuda_bitmap(self, packed: PackedCSR) -> Plan:
+        self.places(packed)
+        return bitmap_product(packed)
+
+    def spmm_cuda_skip(self, packed: PackedCSR) -> Plan:
+        self.places(packed)
+        return skipping_product("x", packed)
+
+    def spmmt_cuda_skip(self, packed: PackedCSR) -> Plan:
+        self.places(packed)
+        return skipping_product("dy", packed.transposed())
+
     def spmm_tiled_csr(self, packed: PackedCSR) -> Plan:
         self.places(packed)
         return tiled_product("x", torch_csr(packed))
@@ -196,6 +225,24 @@ def cupy_product(name: str, packed: PackedCSR) -> Plan:
     from sparsesurvey.kernels import cupy_csr
 
     return cupy_csr.plan(name, packed)
+
+
+def bitmap_product(packed: PackedCSR) -> Plan:
+    """Plan of ``x @ W.T`` for at most 64 tokens: bits and values read, dense tensor cores (kernels/bitmap.py)."""
+    from sparsesurvey.kernels import bitmap
+
+    bitmap.require(packed.values)
+    places = expand_rows(packed.columns, packed.row_pointers, *packed.shape)
+    return bitmap.product_plan(bitmap.arrange(packed.values, *places, packed.shape))
+
+
+def skipping_product(name: str, packed: PackedCSR) -> Plan:
+    """Plan of ``x @ W.T`` that multiplies what is stored and nothing else, for sparse enough weights (kernels/skip.py)."""
+    from sparsesurvey.kernels import skip
+
+    skip.require(packed.values, packed.shape)
+    places = expand_rows(packed.columns, packed.row_pointers, *packed.shape)
+    return skip.product_plan(skip.arrange(packed.values, *places, packed.shape), name)
 
 
 def torch_sampled(matrix: Tensor) -> Plan:
