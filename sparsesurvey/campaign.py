@@ -33,7 +33,7 @@ from sparsesurvey.tables import amount
 from sparsesurvey.targets import DOWN, FEW, GATE, OURS, SMALL, Case
 
 CHAPTER, REHEARSAL = "gpu", "dry-run"
-LIBRARIES = ("torch", "cublaslt", "cusparselt", "cutlass", "cupy", "stk", "spinfer", "spatha")
+LIBRARIES = ("torch", "cublaslt", "cusparselt", "cutlass", "cupy", "stk", "spinfer", "spatha", "sputnik", "macko")
 SPARSE = ("cusparselt", "cutlass")  # libraries for which a structure without a kernel of ours is worth a case
 DENSITIES = (0.1, 0.25, 0.5, 0.05, 0.01)
 TOKENS = (8192, 1, 16, 1024, 32768, 256, 64, 4096)

@@ -49,7 +49,7 @@ def test_whoever_has_a_kernel_for_a_gpu_is_in_the_grid():
 def test_kernels_of_a_cpu_are_left_out():
     assert campaign.kernels(Case(Block(64, 64, 0.1), (4096, 4096), 8)) == ["stk", "torch_bsr", "torch_bsr_searched", "triton"]
     some = set(campaign.kernels(Case(Unstructured(0.1), (64, 64), 8)))
-    assert {"cupy_csr", "spinfer", "torch_csr"} <= some and not some & {"scipy_csr", "tiled_csr", "reference"}
+    assert {"cupy_csr", "macko", "spinfer", "sputnik", "torch_csr"} <= some and not some & {"scipy_csr", "tiled_csr", "reference"}
     assert set(campaign.kernels(Case(NM(2, 4), (64, 64), 8))) >= {"cusparselt", "cusparselt_searched", "cutlass"}
     one = campaign.kernels(Case(Block(64, 64, 0.1), (4096, 4096), 8), skip=["block 64x64 10% spmm triton"])
     assert one == ["stk", "torch_bsr", "torch_bsr_searched"]

@@ -5,13 +5,14 @@ import importlib.util
 import os
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from sparsesurvey.kernels import cublaslt, semi_structured, spatha, spinfer, stk, torch_bsr
+from sparsesurvey.kernels import built, cublaslt, macko, semi_structured, spatha, spinfer, sputnik, stk, torch_bsr
 from sparsesurvey.structure import Unavailable
 from sparsesurvey.structures import NM, VNM, Block, Dense, Unstructured
 
@@ -20,7 +21,7 @@ PEERS = {
     NM(2, 4): {"spmm": {"torch_csr", "cusparselt", "cusparselt_searched", "cutlass"}, "spmmt": {"torch_csr"}},
     Block(32, 32, 0.5): {"spmm": {"torch_bsr", "torch_bsr_searched", "torch_csr", "stk"}, "spmmt": {"stk"}, "sddmm": {"stk"}},
     VNM(64, 2, 8): {"spmm": {"spatha"}},
-    Unstructured(0.5): {"spmm": {"torch_csr", "cupy_csr", "spinfer"}, "spmmt": {"torch_csr", "cupy_csr"}, "sddmm": {"torch_csr"}},
+    Unstructured(0.5): {"spmm": {"torch_csr", "cupy_csr", "spinfer", "macko", "sputnik"}, "spmmt": {"torch_csr", "cupy_csr"}, "sddmm": {"torch_csr"}},
 }
 ON_GPU = [("spmm", "torch_compile", Dense()), ("spmm", "cublaslt", Dense()), ("spmmt", "cublaslt", Dense()),
           ("sddmm", "cublaslt", Dense()), ("spmm", "cusparselt", NM(2, 4)), ("spmm", "cusparselt_searched", NM(1, 4)),
@@ -303,7 +304,7 @@ def test_what_spinfer_cannot_take(monkeypatch):
         Unstructured(0.5).spmm_spinfer(packed(Unstructured(0.5)))
     with pytest.raises(Unavailable, match="needs a CUDA device"):
         Unstructured(0.5).spmm_spinfer(halves)
-    monkeypatch.setattr(spinfer, "require_gpu", lambda weight: None)
+    monkeypatch.setattr(built, "require_gpu", lambda values: None)
     with pytest.raises(Unavailable, match="needs SpInfer in SPARSESURVEY_SPINFER: /nowhere"):
         Unstructured(0.5).spmm_spinfer(halves)
     for weight, said in ((torch.ones(64, 32), "multiples of 64x64, got 64x32"), (torch.ones(64, 64), "at most 2304 weights")):
@@ -392,3 +393,75 @@ def test_spathas_library_has_the_tiles_that_we_try():
     found = ctypes.CDLL(os.environ[spatha.VARIABLE]).spatha_product
     for v, choice in ((64, spatha.CHOICES), (64, -1), (32, 0)):
         assert found(v, choice, *[0] * 4, *[ctypes.c_void_p()] * 6) == -1
+
+
+# ---- Sputnik and MACKO, by their formats
+
+
+def sputnik_product(out, inn, tokens, count, order, values, pointers, columns, x, y, stream, kinds):
+    """The function of the library in float64, from the same addresses; in float16 it takes two weights of a row at a time."""
+    kind, index = kinds
+    pointers, order = number_of(pointers, out + 1, np.int32), number_of(order, out, np.int32)
+    assert pointers[-1] == count and sorted(order) == list(range(out)) and (np.diff(np.diff(pointers)[order]) <= 0).all()
+    assert tokens % 8 == 0 and (kind == np.float32 or not (pointers % 2).any())
+    values, columns = number_of(values, count, kind).astype(np.float64), number_of(columns, count, index)
+    dense, result = number_of(x, inn * tokens, kind).reshape(inn, tokens), number_of(y, out * tokens, kind).reshape(out, tokens)
+    for row in order:
+        part = slice(pointers[row], pointers[row + 1])
+        result[row] = values[part] @ dense[columns[part]].astype(np.float64)
+    return 0
+
+
+def macko_product(out, inn, values, gaps, rows, x, y, stream):
+    """The same of MACKO: a weight's place is the zeros counted so far and the entries before it."""
+    rows = number_of(rows, out + 33, np.int32)
+    count = -(-rows[out] // 8) * 8
+    values, gaps = number_of(values, count, np.float16).astype(np.float64), number_of(gaps, count // 2, np.uint8)
+    dense, result = number_of(x, inn, np.float16).astype(np.float64), number_of(y, out, np.float16)
+    assert (rows[out:] == rows[out]).all()
+    for row in range(out):
+        part = np.arange(rows[row], rows[row + 1])
+        places = np.cumsum(gaps[part // 2] >> 4 * (part % 2) & 15) + part - rows[row]
+        result[row] = values[part] @ dense[places]
+    return 0
+
+
+@pytest.mark.parametrize("density", [0.5, 0.03, 1e-5])  # the last keeps nothing
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_what_sputnik_is_given_makes_the_product(monkeypatch, dtype, density):
+    kinds = (np.float16, np.int16) if dtype == torch.float16 else (np.float32, np.int32)
+    monkeypatch.setattr(sputnik, "function", lambda values: partial(sputnik_product, kinds=kinds))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    operand = packed(Unstructured(density), dtype, (40, 96))
+    for tokens in (0, 5, 16):
+        x = torch.randn(tokens, 96).to(dtype)
+        right = x.double() @ Unstructured(density).unpack(operand).double().T
+        assert torch.allclose(Unstructured(density).spmm_sputnik(operand)(x).double(), right, atol=2e-2)
+    with pytest.raises(Unavailable, match="needs at most 32768 inputs in float16"):
+        sputnik.arrange(packed(Unstructured(0.5), torch.float16, (1, 32770)))
+
+
+@pytest.mark.parametrize("density", [0.5, 0.03, 1e-5])
+def test_what_macko_is_given_makes_the_product(monkeypatch, density):
+    monkeypatch.setattr(macko, "function", lambda values: macko_product)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    operand = packed(Unstructured(density), torch.float16, (40, 96))
+    run = Unstructured(density).spmm_macko(operand)
+    for tokens in (0, 1, 3):
+        x = torch.randn(tokens, 96).half()
+        assert torch.allclose(run(x).double(), x.double() @ Unstructured(density).unpack(operand).double().T, atol=2e-2)
+    with pytest.raises(Unavailable, match="needs at most 16 tokens"):
+        run(torch.randn(17, 96).half())
+
+
+@pytest.mark.parametrize("kernel, title", [("sputnik", "Sputnik"), ("macko", "MACKO")])
+def test_a_library_that_is_not_built_is_named(monkeypatch, kernel, title):
+    monkeypatch.delenv(f"SPARSESURVEY_{title.upper()}", raising=False)
+    with pytest.raises(Unavailable, match=f"needs {title}, built by you, and its path in SPARSESURVEY_{title.upper()}"):
+        Unstructured(0.5).kernels()[kernel](packed(Unstructured(0.5), torch.float16))
+
+
+@pytest.mark.skipif(not os.environ.get(sputnik.VARIABLE), reason="needs Sputnik's library")
+def test_sputniks_library_has_the_functions_that_we_call():
+    library = ctypes.CDLL(os.environ[sputnik.VARIABLE])
+    assert all(hasattr(library, name) for name in sputnik.NAMES.values())

@@ -14,15 +14,14 @@ The weight's quads (the four inputs of a tile) are stored as ``mma.sp.m16n8k32``
 instruction are neighbours in the matrix: 16 rows by 4 quads are a piece, in which a thread reads four rows of one quad.
 """
 
-import ctypes
-import os
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sparsesurvey.kernels import built
+from sparsesurvey.kernels.built import NUMBER, PLACE
 from sparsesurvey.kernels.search import seconds
-from sparsesurvey.kernels.spinfer import require_gpu
 from sparsesurvey.structure import Plan, Shape, Unavailable, check_activations
 
 VARIABLE = "SPARSESURVEY_SPATHA"
@@ -50,18 +49,7 @@ def arrange(values: Tensor, positions: Tensor, columns: Tensor, shape: Shape) ->
 
 def function(values: Tensor) -> Any:
     """The library's product; Unavailable where it is not built or cannot multiply these values."""
-    path = os.environ.get(VARIABLE)
-    if not path:
-        raise Unavailable(f"needs Spatha, built by you, and its path in {VARIABLE}")
-    if values.dtype != torch.float16:
-        raise Unavailable(f"needs float16, got {values.dtype}")
-    require_gpu(values)
-    try:
-        found = ctypes.CDLL(path).spatha_product
-    except (OSError, AttributeError) as error:
-        raise Unavailable(f"needs Spatha in {VARIABLE}: {str(error).splitlines()[0]}") from None
-    found.argtypes = [ctypes.c_int] * 6 + [ctypes.c_void_p] * 6
-    return found
+    return built.function("Spatha", VARIABLE, {torch.float16: "spatha_product"}, [NUMBER] * 6 + [PLACE] * 6, values)
 
 
 def plan(values: Tensor, positions: Tensor, columns: Tensor, v: int, m: int, shape: Shape) -> Plan:
@@ -69,16 +57,13 @@ def plan(values: Tensor, positions: Tensor, columns: Tensor, v: int, m: int, sha
     if v not in HEIGHTS or values.shape[2] != 2 or values.shape[1] % QUADS:
         raise Unavailable(f"needs panels of {' or '.join(map(str, HEIGHTS))} outputs, 2 of 4 columns of a tile and a multiple of "
                           f"{QUADS} tiles, got {v}, {values.shape[2]} and {values.shape[1]}")
-    call, best = function(values), {}
+    product, best = function(values), {}
     operand, (out, inn) = arrange(values, positions, columns, shape), shape
 
     def multiply(rows: Tensor, choice: int) -> Tensor:
         y = rows.new_empty(out, rows.shape[1])
-        places = operand.values, operand.positions, operand.columns, rows, y
-        stream = torch.cuda.current_stream(rows.device).cuda_stream
-        status = call(v, choice, out, rows.shape[1], inn, m, *(part.data_ptr() for part in places), stream)
-        if status:
-            raise RuntimeError(f"Spatha returned the CUDA error {status}")
+        built.call("Spatha", product, v, choice, out, rows.shape[1], inn, m, operand.values, operand.positions, operand.columns,
+                   rows, y, built.stream(rows))
         return y
 
     def run(x: Tensor) -> Tensor:
@@ -86,16 +71,10 @@ def plan(values: Tensor, positions: Tensor, columns: Tensor, v: int, m: int, sha
         if not len(x):
             return x.new_empty(0, out)
         with torch.cuda.device_of(x):
-            rows = filled(x)
+            rows = built.feature_rows(x, TOKENS)
             width = rows.shape[1]
             if width not in best:
                 best[width] = min(range(CHOICES), key=lambda choice: seconds(lambda: multiply(rows, choice)))
             return multiply(rows, best[width]).T[: len(x)]
 
     return run
-
-
-def filled(x: Tensor) -> Tensor:
-    """``x.T``, contiguous, with zeros up to a multiple of 128 tokens; no copy of what is so already."""
-    rows = torch.nn.functional.pad(x.T, (0, -len(x) % TOKENS)) if len(x) % TOKENS else x.T
-    return rows.contiguous()

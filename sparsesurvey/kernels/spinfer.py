@@ -11,14 +11,14 @@ two blocks beside each other follow as upper left, lower left, upper right, lowe
 mma.m16n8k16. A tile's weights are filled up to a multiple of eight.
 """
 
-import ctypes
-import os
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from sparsesurvey.kernels import built
+from sparsesurvey.kernels.built import NUMBER, PLACE
 from sparsesurvey.kernels.search import seconds
 from sparsesurvey.structure import Plan, Unavailable, check_activations
 
@@ -64,43 +64,20 @@ def arrange(weight: Tensor) -> Bitmaps:
 
 def function(weight: Tensor) -> Any:
     """The library's product; Unavailable where it is not built or cannot multiply this weight."""
-    path = os.environ.get(VARIABLE)
-    if not path:
-        raise Unavailable(f"needs SpInfer, built by you, and its path in {VARIABLE}")
-    if weight.dtype != torch.float16:
-        raise Unavailable(f"needs float16, got {weight.dtype}")
-    require_gpu(weight)
-    try:
-        found = getattr(ctypes.CDLL(path), NAME)
-    except (OSError, AttributeError) as error:
-        raise Unavailable(f"needs SpInfer in {VARIABLE}: {str(error).splitlines()[0]}") from None
-    place, number = ctypes.c_void_p, ctypes.c_int
-    found.argtypes = [place] * 9 + [number] * 3 + [place, number]
-    return found
-
-
-def require_gpu(weight: Tensor) -> None:
-    if weight.device.type != "cuda":
-        raise Unavailable(f"needs a CUDA device, got an operand on {weight.device}")
-    have = torch.cuda.get_device_capability(weight.device)
-    if have < (8, 0):
-        raise Unavailable(f"needs CUDA compute capability 8.0, got {have[0]}.{have[1]}")
+    return built.function("SpInfer", VARIABLE, {torch.float16: NAME}, [PLACE] * 9 + [NUMBER] * 3 + [PLACE, NUMBER], weight)
 
 
 def plan(weight: Tensor) -> Plan:
     """Plan of ``x @ weight.T``. The first run with so many tokens searches in how many parts the sum is split."""
-    call, best = function(weight), {}
+    product, best = function(weight), {}
     operand = arrange(weight)
     out, inn = operand.shape
 
     def multiply(x: Tensor, split: int) -> Tensor:
         y = x.new_empty(len(x), out)
         sums = y if split == 1 else x.new_empty(split, len(x), out)
-        places = operand.values, operand.values, operand.tiles, operand.strips, operand.masks, operand.largest, x, y
-        stream = torch.cuda.current_stream(x.device).cuda_stream
-        status = call(stream, *(part.data_ptr() for part in places), out, len(x), inn, sums.data_ptr(), split)
-        if status:
-            raise RuntimeError(f"SpInfer returned the CUDA error {status}")
+        built.call("SpInfer", product, built.stream(x), operand.values, operand.values, operand.tiles, operand.strips, operand.masks,
+                   operand.largest, x, y, out, len(x), inn, sums, split)
         return y
 
     def run(x: Tensor) -> Tensor:
