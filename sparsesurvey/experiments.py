@@ -12,9 +12,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from multiprocessing import get_context, parent_process
@@ -25,7 +25,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from sparsesurvey import checkpoint, pruning
+from sparsesurvey import checkpoint, parallel, pruning
+from sparsesurvey.causal import without_mask
 from sparsesurvey.data import Language, markov, windows
 from sparsesurvey.diagnose import DIVERGENCE, EXPLORED, FLIPS
 from sparsesurvey.factored import factorise
@@ -42,6 +43,7 @@ from sparsesurvey.structure import Pattern, Structure
 from sparsesurvey.train import ENERGY, FREE, NORM, TIME, History, TrainConfig, evaluate, train
 
 CHAPTER = "training"
+FUSED = " fused"  # behind the name of a kernel
 LOSS = "validation loss"
 UNITS = {TIME: "s", NORM: "1", ENERGY: "J", FLIPS: "1", DIVERGENCE: "1", EXPLORED: "1"}
 # The structures are not among the code whose change makes a curve stale: what a mask of theirs is, is fixed by
@@ -55,7 +57,8 @@ class Job:
     """One run: what is trained, on what, how; the model has the vocabulary of the language. ``structure`` None is the plain dense model, as is one named "dense".
 
     One without a mask is trained by the values that it stores, see ``factored``; its recipe must be ``Static()``.
-    ``kernel`` is "masked", dense products with a mask, or one of the structure's kernels, see ``packed``.
+    ``kernel`` is "masked", dense products with a mask, or one of the structure's kernels, see ``packed``; with " fused" behind
+    its name gate, up and activation are one kernel, and gate and up have one mask, see ``mlp``.
     """
 
     structure: Structure | None
@@ -98,7 +101,13 @@ class Job:
         if self.factored:
             return f"{SOURCE},sparsesurvey.factored,{type(self.structure).__module__}"
         recipe = "".join(f",{module}" for module in sorted(_modules(self.recipe)))
-        return SOURCE + recipe + ("" if self.kernel == "masked" else f",sparsesurvey.packed,{type(self.structure).__module__}")
+        if self.kernel == "masked":
+            return SOURCE + recipe
+        return f"{SOURCE}{recipe},sparsesurvey.{'mlp' if self.fused else 'packed'},{type(self.structure).__module__}"
+
+    @property
+    def fused(self) -> bool:
+        return self.kernel.endswith(FUSED)
 
     @property
     def settings(self) -> TrainConfig:
@@ -139,15 +148,20 @@ class Job:
     def rows(self, history: History, beside: int = 1) -> Iterator[Measurement]:
         """What a run saw as rows: losses, also as bits per byte where tokens stand for bytes, and the rest of its trace.
 
-        ``beside``: how many runs shared the machine, which stands in the rows of time and energy.
+        ``beside``: how many runs shared the machine, which stands in the rows of time and energy, as does how many processes
+        of torchrun one run had, if it had several; their energy is not known, each counts its own GPU's.
         """
         machine = Machine.current(self.config.device)
         unit = "nats/byte" if self.language.bytes_per_token == 1 else "nats/token"
         row = lambda metric, of, value, step, **more: Measurement.now(
             metric, of, value, structure=self.name, method=self.method, at={**self.at(step), **more}, source=self.source,
             machine=machine, code=self.code)
+        processes = parallel.world()[1]
+        shared = {"beside": beside, **({"processes": processes} if processes > 1 else {})}
         for metric, lines in history.trace.items():
-            more = {"beside": beside} if metric in (TIME, ENERGY) else {}
+            if metric == ENERGY and processes > 1:
+                continue
+            more = shared if metric in (TIME, ENERGY) else {}
             yield from (row(metric, UNITS[metric], value, step, **more) for step, value in lines)
         for step, loss in history.valid:
             bits = self.language.bits_per_byte(loss)
@@ -180,12 +194,18 @@ class Job:
     def start(self) -> nn.Module:
         """The model before its first step."""
         model = build(self.model, self.seed, vocab=self.language.vocab)
+        if self.config.compile:
+            without_mask(model)
         if self.factored:
             if self.recipe != Static() or self.kernel != "masked":
                 raise ValueError(f"recipe must be Static() for {self.structure}, which has no mask; got {self.recipe}")
             return factorise(model, self.structure)
         if self.dense:
             return model
+        if self.fused:
+            from sparsesurvey.mlp import sparse_mlps
+
+            return sparse_mlps(model, self.structure, self.kernel.removesuffix(FUSED), self.recipe, self.seed, fused=True)
         sparsify(model, self.structure, self.recipe, seed=self.seed)
         return model if self.kernel == "masked" else pack_layers(model, self.kernel)
 
@@ -300,16 +320,29 @@ def _begin_process() -> None:
     Thread(target=follow, daemon=True).start()
 
 
-def run(job: Job, folder: str | Path | None = None, beside: int = 1) -> None:
-    """Train one run to its end and record it, unless another process has done so meanwhile; ``beside`` as in ``rows``."""
+def run(job: Job, folder: str | Path | None = None, beside: int = 1, progress: bool = False,
+        watch: Callable[[History], None] | None = None) -> None:
+    """Train one run to its end and record it, unless another process has done so meanwhile; ``beside`` as in ``rows``.
+
+    ``watch`` as in ``train``: what it raises ends the run, which goes on from its checkpoint when it is asked for again. Under
+    torchrun all processes call this, and the first one writes.
+    """
+    def seen(history: History) -> None:
+        if parallel.first():
+            job.show(history)
+        if watch:
+            watch(history)
+
     threads = torch.get_num_threads()
     if job.config.device == "cpu":
         torch.set_num_threads(1)  # the same sums in the same order, wherever it is trained
     try:
-        with _lock(job.folder):
-            history = train(job.start(), job.language, job.settings, job.folder, progress=False, watch=job.show)
-            for row in job.rows(history, beside):
+        with _lock(job.folder) if parallel.first() else nullcontext():
+            parallel.wait()  # none looks for a checkpoint before the first one has the run for itself
+            history = train(job.start(), job.language, job.settings, job.folder, progress=progress, watch=seen)
+            for row in job.rows(history, beside) if parallel.first() else ():
                 write_row(row, CHAPTER, folder)
+            parallel.wait()
     finally:
         torch.set_num_threads(threads)
 
