@@ -6,14 +6,11 @@ the targets, then a grid of shapes, tokens and densities. Rows are appended as t
 """
 
 import argparse
-import faulthandler
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import prod
@@ -25,6 +22,7 @@ from tqdm import tqdm
 
 from sparsesurvey import benchmark, gated, measure, targets
 from sparsesurvey.benchmark import Benchmark, BrokenDevice
+from sparsesurvey.deadline import OutOfTime, timed_out
 from sparsesurvey.machine import PACKAGE, Machine
 from sparsesurvey.records import live_folder
 from sparsesurvey.structure import Shape, Structure
@@ -39,11 +37,6 @@ DENSITIES = (0.1, 0.25, 0.5, 0.05, 0.01)
 TOKENS = (8192, 1, 16, 1024, 32768, 256, 64, 4096)
 SHAPES = (GATE, DOWN, SMALL, SMALL[::-1], (4096, 4096), (8192, 8192), (16384, 16384))
 SHORT = 0.5  # seconds that are too few for any case
-HARD = 20  # seconds after the deadline in which a call that Python cannot interrupt is given up
-
-
-class OutOfTime(BaseException):
-    """The minutes are over. As a Ctrl-C it is no error of the kernel that it interrupts, and nobody may forgive it."""
 
 
 # ---- what there is to measure
@@ -201,23 +194,6 @@ def tiny(case: Case) -> Case:
 
 
 # ---- the command
-
-
-@contextmanager
-def timed_out(seconds: float) -> Iterator[None]:
-    """OutOfTime after so many seconds; a call that never comes back to Python ends the process a little later."""
-    def stop(*_: object) -> None:
-        raise OutOfTime
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, max(0.01, seconds))
-    faulthandler.dump_traceback_later(max(0.01, seconds) + HARD, exit=True)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-        faulthandler.cancel_dump_traceback_later()
 
 
 def prepare(workers: int, arguments: list[str], seconds: float) -> None:
