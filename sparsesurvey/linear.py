@@ -138,8 +138,8 @@ class SparseLinear(StructuredLinear):
         seen = recipe.inputs(self, x)
         with torch.no_grad():
             forward, backward = recipe.forward_weight(self), recipe.input_weight(self)
-            forward = forward.to(x.dtype)
-            backward = None if backward is None else backward.to(x.dtype)
+            forward = forward.to(x.dtype).detach()  # torch.compile refuses the weight itself, handed over twice
+            backward = None if backward is None else backward.to(x.dtype).detach()
         y = ThreeProducts.apply(seen, self.weight, forward, backward, recipe.output_grad(self))
         beside = recipe.beside(self, x)
         return y if beside is None else y + beside
