@@ -21,7 +21,8 @@ PEERS = {
     NM(2, 4): {"spmm": {"torch_csr", "cusparselt", "cusparselt_searched", "cutlass"}, "spmmt": {"torch_csr"}},
     Block(32, 32, 0.5): {"spmm": {"torch_bsr", "torch_bsr_searched", "torch_csr", "stk"}, "spmmt": {"stk"}, "sddmm": {"stk"}},
     VNM(64, 2, 8): {"spmm": {"spatha"}},
-    Unstructured(0.5): {"spmm": {"torch_csr", "cupy_csr", "spinfer", "macko", "sputnik"}, "spmmt": {"torch_csr", "cupy_csr"}, "sddmm": {"torch_csr"}},
+    Unstructured(0.5): {"spmm": {"torch_csr", "cupy_csr", "spinfer", "macko", "sputnik"}, "spmmt": {"torch_csr", "cupy_csr"},
+                        "sddmm": {"torch_csr"}},
 }
 ON_GPU = [("spmm", "torch_compile", Dense()), ("spmm", "cublaslt", Dense()), ("spmmt", "cublaslt", Dense()),
           ("sddmm", "cublaslt", Dense()), ("spmm", "cusparselt", NM(2, 4)), ("spmm", "cusparselt_searched", NM(1, 4)),
@@ -321,7 +322,8 @@ def test_spinfers_own_packing_is_ours():
     pack = getattr(ctypes.CDLL(os.environ[spinfer.VARIABLE]), "_Z24InitSparseMatrixA_bitmapP6__halfiiiiiiiiPS0_PPiS3_S3_PPmRi")
     values, single, strips, tiles, masks = (ctypes.c_void_p() for _ in range(5))
     largest = ctypes.c_int()
-    count = pack(ctypes.c_void_p(weight.data_ptr()), out, inn, 8, 16, 64, 8, 64, 64, *map(ctypes.byref, (values, single, strips, tiles, masks, largest)))
+    found = map(ctypes.byref, (values, single, strips, tiles, masks, largest))
+    count = pack(ctypes.c_void_p(weight.data_ptr()), out, inn, 8, 16, 64, 8, 64, 64, *found)
     assert count == out // 64 * (inn // 64)
     theirs = number_of(tiles.value, count + 1, np.int32)
     assert (ours.tiles[:count + 1].numpy() == theirs).all()

@@ -1,9 +1,10 @@
 """MACKO's product with one token (Macko and Boža 2025), as the peer to beat: a library that the reader builds.
 
-Its source is no part of ours (vlejd/macko_spmv, MIT; we read commit afa70330). Build it with our one C function, macko.cu, for
-the GPU at hand, and say where (its source includes cublas_v2.h, of which it uses nothing):
+Its source is no part of ours (vlejd/macko_spmv, MIT; we read commit afa70330). Build it with our one C function, macko.cu,
+for the GPU at hand, and say where (its source includes cublas_v2.h, of which it uses nothing):
 
-    nvcc -O3 -std=c++17 -arch=sm_90 -shared -Xcompiler -fPIC -I macko_spmv/src/macko_spmv/cuda -o libmacko.so sparsesurvey/kernels/macko.cu
+    nvcc -O3 -std=c++17 -arch=sm_90 -shared -Xcompiler -fPIC -I macko_spmv/src/macko_spmv/cuda \\
+         -o libmacko.so sparsesurvey/kernels/macko.cu
     export SPARSESURVEY_MACKO=$PWD/libmacko.so
 
 Stored are, row by row, the weights and before each the number of zeros since the last one, in 4 bits: after 15 zeros the 16th
@@ -67,7 +68,8 @@ def plan(packed: Any) -> Plan:
         y = x.new_empty(len(x), out)
         with torch.cuda.device_of(x):
             for source, target in zip(x, y):
-                built.call("MACKO", product, out, inn, operand.values, operand.gaps, operand.rows, source, target, built.stream(x))
+                built.call("MACKO", product, out, inn, operand.values, operand.gaps, operand.rows, source, target,
+                           built.stream(x))
         return y
 
     return run

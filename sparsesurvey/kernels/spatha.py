@@ -1,7 +1,7 @@
-"""Spatha's kernel for V:N:M (Castro et al. 2023), made for Ampere, as the peer to beat: a library that the reader builds.
+"""Spatha's kernel for V:N:M (Castro et al. 2023), made for Ampere, a peer to beat: a library that the reader builds.
 
-Its source is no part of ours (UDC-GAC/venom, Apache-2.0; we read commit 8ddaf38e). Build it with our one C function, spatha.cu,
-for the GPU at hand, and say where:
+Its source is no part of ours (UDC-GAC/venom, Apache-2.0; we read commit 8ddaf38e). Build it with our one C function,
+spatha.cu, for the GPU at hand, and say where:
 
     nvcc -O3 -std=c++17 -arch=sm_90 -shared -Xcompiler -fPIC -DOUT_32B -I venom/include/spatha/block_sparse \\
          -o libspatha.so sparsesurvey/kernels/spatha.cu
@@ -37,7 +37,7 @@ class Operand(NamedTuple):
 
 
 def arrange(values: Tensor, positions: Tensor, columns: Tensor, shape: Shape) -> Operand:
-    """``values`` and ``positions`` ``[out, quads, 2]`` (in which of the quad's inputs), ``columns [panels, quads, 4]`` of the tile."""
+    """``values`` and ``positions`` in the quad ``[out, quads, 2]``, ``columns`` in the tile ``[panels, quads, 4]``."""
     out, quads, _ = values.shape
     pieces = values.detach().reshape(out // 16, 4, 4, quads // 4, 4, 2).permute(0, 3, 1, 4, 2, 5)
     codes = (positions[..., 0] | positions[..., 1] << 2).long().view(out, quads // 4, 4)
@@ -55,15 +55,15 @@ def function(values: Tensor) -> Any:
 def plan(values: Tensor, positions: Tensor, columns: Tensor, v: int, m: int, shape: Shape) -> Plan:
     """Plan of ``x @ W.T`` for V:2:M as ``arrange`` takes it. The first run with so many tokens searches for the tile."""
     if v not in HEIGHTS or values.shape[2] != 2 or values.shape[1] % QUADS:
-        raise Unavailable(f"needs panels of {' or '.join(map(str, HEIGHTS))} outputs, 2 of 4 columns of a tile and a multiple of "
-                          f"{QUADS} tiles, got {v}, {values.shape[2]} and {values.shape[1]}")
+        raise Unavailable(f"needs panels of {' or '.join(map(str, HEIGHTS))} outputs, 2 of 4 columns of a tile and a multiple "
+                          f"of {QUADS} tiles, got {v}, {values.shape[2]} and {values.shape[1]}")
     product, best = function(values), {}
     operand, (out, inn) = arrange(values, positions, columns, shape), shape
 
     def multiply(rows: Tensor, choice: int) -> Tensor:
         y = rows.new_empty(out, rows.shape[1])
-        built.call("Spatha", product, v, choice, out, rows.shape[1], inn, m, operand.values, operand.positions, operand.columns,
-                   rows, y, built.stream(rows))
+        built.call("Spatha", product, v, choice, out, rows.shape[1], inn, m, operand.values, operand.positions,
+                   operand.columns, rows, y, built.stream(rows))
         return y
 
     def run(x: Tensor) -> Tensor:

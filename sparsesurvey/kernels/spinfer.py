@@ -1,14 +1,15 @@
-"""SpInfer's kernel for unstructured weights and few tokens (Fan et al. 2025), as the peer to beat: a library that the reader builds.
+"""SpInfer's kernel for unstructured weights and few tokens (Fan et al. 2025), a peer to beat: a library that is built apart.
 
-Its source is no part of ours (xxyux/SpInfer, Apache-2.0; we read commit ee689064). Build it for the GPU at hand, and say where:
+Its source is no part of ours (xxyux/SpInfer, Apache-2.0; we read commit ee689064). Build it for the GPU at hand, and say
+where:
 
     nvcc -O3 -arch=sm_90 -shared -Xcompiler -fPIC --use_fast_math -o libspinfer.so SpInfer/csrc/SpMM_API.cu
     export SPARSESURVEY_SPINFER=$PWD/libspinfer.so
 
-The weight is stored in tiles of 64 x 64, each as four strips of 16 rows; a strip is eight blocks of 16 x 8 wide and these are
-two of 8 x 8: one 64-bit mask each, its lowest bit the upper left weight, and the weights that are kept, row by row. In a strip
-two blocks beside each other follow as upper left, lower left, upper right, lower right: the registers of a 16 x 16 operand of
-mma.m16n8k16. A tile's weights are filled up to a multiple of eight.
+The weight is stored in tiles of 64 x 64, each as four strips of 16 rows; a strip is 16 blocks of 8 x 8: one 64-bit mask each,
+its lowest bit the upper left weight, and the weights that are kept, row by row. Blocks follow as upper left, lower left,
+upper right, lower right of 16 columns: the registers of a 16 x 16 operand of mma.m16n8k16. A tile's weights are filled up to a
+multiple of eight.
 """
 
 from typing import Any, NamedTuple
@@ -59,7 +60,8 @@ def arrange(weight: Tensor) -> Bitmaps:
     values[(chosen.cumsum(1) - 1 + tiles)[chosen]] = flat[kept]
     ahead = pad(starts, (0, 2), value=int(starts[-1])).int()
     strips = pad(counts.cumsum(1)[:, :-1], (1, 0)).flatten()
-    return Bitmaps(values, ahead, pad(strips, (0, STRIPS)).int(), masks.flatten(), starts.new_tensor([largest]).int(), (out, inn))
+    most = torch.tensor([largest], dtype=torch.int32, device=device)
+    return Bitmaps(values, ahead, pad(strips, (0, STRIPS)).int(), masks.flatten(), most, (out, inn))
 
 
 def function(weight: Tensor) -> Any:
@@ -76,8 +78,8 @@ def plan(weight: Tensor) -> Plan:
     def multiply(x: Tensor, split: int) -> Tensor:
         y = x.new_empty(len(x), out)
         sums = y if split == 1 else x.new_empty(split, len(x), out)
-        built.call("SpInfer", product, built.stream(x), operand.values, operand.values, operand.tiles, operand.strips, operand.masks,
-                   operand.largest, x, y, out, len(x), inn, sums, split)
+        built.call("SpInfer", product, built.stream(x), operand.values, operand.values, operand.tiles, operand.strips,
+                   operand.masks, operand.largest, x, y, out, len(x), inn, sums, split)
         return y
 
     def run(x: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
-"""Sputnik's product of CSR and dense on CUDA cores (Gale et al. 2020), as the peer to beat: a library that the reader builds.
+"""Sputnik's product of CSR and dense on CUDA cores (Gale et al. 2020), a peer to beat: a library that the reader builds.
 
-Its source is no part of ours (google-research/sputnik, Apache-2.0; we read commit bbf5840b). Build it for the GPU at hand, and
-say where:
+Its source is no part of ours (google-research/sputnik, Apache-2.0; we read commit bbf5840b). Build it for the GPU at hand,
+and say where:
 
-    nvcc -x cu -O3 -std=c++17 -arch=sm_90 -shared -Xcompiler -fPIC -I sputnik -o libsputnik.so sputnik/sputnik/spmm/cuda_spmm.cu.cc
+    nvcc -x cu -O3 -std=c++17 -arch=sm_90 -shared -Xcompiler -fPIC -I sputnik \\
+         -o libsputnik.so sputnik/sputnik/spmm/cuda_spmm.cu.cc
     export SPARSESURVEY_SPUTNIK=$PWD/libsputnik.so
 
 In float16 it reads weights and columns (int16) in pairs, so that every row is filled up to an even number of weights.
@@ -40,7 +41,8 @@ def arrange(packed: Any) -> Operand:
             raise Unavailable(f"needs at most {1 << 15} inputs in float16, got {packed.shape[1]}")
         counts = counts + counts % 2
     starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-    places = torch.arange(len(values), device=values.device) + (starts[:-1] - pointers[:-1]).repeat_interleave(pointers.diff())
+    shift = (starts[:-1] - pointers[:-1]).repeat_interleave(pointers.diff())
+    places = torch.arange(len(values), device=values.device) + shift
     kind = torch.int16 if values.dtype == torch.float16 else torch.int32
     size = int(starts[-1])
     return Operand(values.new_zeros(size).index_copy_(0, places, values),
