@@ -31,7 +31,8 @@ from sparsesurvey.tables import amount
 from sparsesurvey.targets import DOWN, FEW, GATE, OURS, SMALL, Case
 
 CHAPTER, REHEARSAL = "gpu", "dry-run"
-LIBRARIES = ("torch", "cublaslt", "cusparselt", "cutlass", "cupy", "stk", "spinfer", "spatha", "sputnik", "macko")
+BUILT = ("spinfer", "spatha", "sputnik", "macko")  # by the reader, in float16 (kernels/built.py)
+LIBRARIES = ("torch", "cublaslt", "cusparselt", "cutlass", "cupy", "stk", *BUILT)
 SPARSE = ("cusparselt", "cutlass")  # libraries for which a structure without a kernel of ours is worth a case
 DENSITIES = (0.1, 0.25, 0.5, 0.05, 0.01)
 TOKENS = (8192, 1, 16, 1024, 32768, 256, 64, 4096)
@@ -43,10 +44,13 @@ SHORT = 0.5  # seconds that are too few for any case
 
 
 def kernels(case: Case, skip: Iterable[str] = ()) -> list[str]:
-    """The kernels of a case that are for a GPU, ours and those of libraries, by name; CSR for unstructured matrices only."""
+    """The kernels of a case that are for a GPU, ours and those of libraries, by name; CSR for unstructured matrices only.
+
+    ``skip``: kernels of one structure's product ("<structure> <product> <kernel>"), or one by whomever ("<kernel>").
+    """
     names = [name for name in case.structure.kernels(case.product) if name.split("_")[0] in (*OURS, *LIBRARIES)
              and (not name.endswith("_csr") or isinstance(case.structure, Unstructured))]
-    return [name for name in names if f"{case.structure} {case.product} {name}" not in skip]
+    return [name for name in names if not {name, f"{case.structure} {case.product} {name}"} & set(skip)]
 
 
 def worth(structure: Structure) -> bool:
@@ -76,7 +80,13 @@ def cases() -> list[Case]:
     forward = [replace(case, product="spmm") for case in aimed if case.product not in ("spmm", "mlp")]
     dense = [Case(Dense(), shape, 8192) for shape in (GATE, DOWN)]
     mlps = [Case(Block(128, 128, density), shape, 32768, "mlp") for shape in (SMALL, GATE) for density in (0.1, 0.25, 0.5)]
-    return list(dict.fromkeys([*aimed, *forward, *dense, *mlps, *grid()]))
+    return list(dict.fromkeys([*aimed, *forward, *dense, *mlps, *rivals(aimed), *grid()]))
+
+
+def rivals(aimed: Iterable[Case]) -> list[Case]:
+    """The targets' forward products in float16 where a peer that the reader has built takes them."""
+    here = {name for name in BUILT if os.environ.get(f"SPARSESURVEY_{name.upper()}")}
+    return [replace(case, dtype="float16") for case in aimed if case.product == "spmm" and here & set(case.structure.kernels())]
 
 
 def grid() -> Iterator[Case]:
@@ -171,7 +181,8 @@ class Campaign:
         try:
             found = self.measure(case, timed)
         except BrokenDevice as broken:
-            broken.label = f"{case.structure} {case.product} {broken.kernel}"
+            whole = broken.kernel in (*BUILT, "stk")  # a peer that breaks one case is not tried on others
+            broken.label = broken.kernel if whole else f"{case.structure} {case.product} {broken.kernel}"
             raise
         except Exception as error:  # while all kernels are timed: out of memory, say
             self.problems[str(case)] = f"{type(error).__name__}: {error}".splitlines()[0]

@@ -53,6 +53,32 @@ def test_kernels_of_a_cpu_are_left_out():
     assert set(campaign.kernels(Case(NM(2, 4), (64, 64), 8))) >= {"cusparselt", "cusparselt_searched", "cutlass"}
     one = campaign.kernels(Case(Block(64, 64, 0.1), (4096, 4096), 8), skip=["block 64x64 10% spmm triton"])
     assert one == ["stk", "torch_bsr", "torch_bsr_searched"]
+    assert "stk" not in campaign.kernels(Case(Block(64, 64, 0.1), (4096, 4096), 8), skip=["stk"])
+
+
+def test_peers_that_are_built_come_after_the_targets_in_their_own_dtype(monkeypatch):
+    for name in campaign.BUILT:
+        monkeypatch.delenv(f"SPARSESURVEY_{name.upper()}", raising=False)
+    aimed = [case for target in targets.targets() for case in target.cases]
+    assert not campaign.rivals(aimed)
+    monkeypatch.setenv("SPARSESURVEY_SPINFER", "libspinfer.so")
+    found = campaign.rivals(aimed)
+    assert {type(case.structure) for case in found} == {Unstructured} and {case.dtype for case in found} == {"float16"}
+    assert {(case.shape, case.tokens) for case in found} >= {(targets.GATE, 1), (targets.DOWN, 16)}
+    monkeypatch.setenv("SPARSESURVEY_SPATHA", "libspatha.so")
+    assert {str(case.structure) for case in campaign.rivals(aimed)} >= {"64:2:8", "64:2:16", "unstructured 10%"}
+
+
+def test_a_peer_that_breaks_the_device_is_left_out_altogether(monkeypatch):
+    made = campaign.Campaign("cpu", "", 1e9)
+    for kernel, label in (("stk", "stk"), ("triton", "block 64x64 10% spmm triton")):
+        def dead(case, timed):
+            raise BrokenDevice(kernel, "gone")
+
+        monkeypatch.setattr(made, "measure", dead)
+        with pytest.raises(BrokenDevice) as broken:
+            made.try_case(Case(Block(64, 64, 0.1), (4096, 4096), 8), True)
+        assert broken.value.label == label
 
 
 def test_pace_is_learnt_from_the_last_cases():
