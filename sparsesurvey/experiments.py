@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -24,6 +24,7 @@ from threading import Thread
 import torch
 from torch import nn
 from tqdm import tqdm
+from transformers import MistralConfig
 
 from sparsesurvey import checkpoint, parallel, pruning
 from sparsesurvey.causal import without_mask
@@ -64,7 +65,7 @@ class Job:
     structure: Structure | None
     seed: int  # of the weights, the mask and the order of the data
     language: Language
-    model: str
+    model: str | MistralConfig = field(hash=False)  # by name, or one of your own
     config: TrainConfig
     recipe: Recipe
     kernel: str = "masked"
@@ -81,6 +82,13 @@ class Job:
     @property
     def name(self) -> str:
         return "dense" if self.dense else str(self.structure)
+
+    @property
+    def size(self) -> str:
+        """The model's name, or what it is like."""
+        if isinstance(self.model, str):
+            return self.model
+        return f"{self.model.hidden_size} x {self.model.intermediate_size}, {self.model.num_hidden_layers} layers"
 
     @property
     def factored(self) -> bool:
@@ -125,13 +133,13 @@ class Job:
         shown = {key: config[key] for key in ("seed", "steps", "batch", "seq", "optimizer")}
         shown["lr"] = config["muon_lr" if self.config.optimizer == "muon" else "lr"]
         when = {} if step is None else {"step": step, "tokens": step * self.config.batch * self.config.seq}
-        return {"model": self.model, "language": self.language.name, "corpus": self.language.digest[:12],
+        return {"model": self.size, "language": self.language.name, "corpus": self.language.digest[:12],
                 **shown, **when, "settings": _hash([config, "" if self.dense else spelled(self.recipe)], 8)}
 
     @property
     def folder(self) -> Path:
         """Where this run's checkpoint is kept."""
-        words = " ".join([self.model, self.language.name, self.name, self.method, f"seed {self.seed}"])
+        words = " ".join([self.size, self.language.name, self.name, self.method, f"seed {self.seed}"])
         slug = re.sub("[^a-z0-9]+", "-", words.lower()).strip("-")
         return runs_folder() / f"{slug}-{_hash([self.name, self.method, self.code, self.at()], 10)}"
 
@@ -193,7 +201,8 @@ class Job:
 
     def start(self) -> nn.Module:
         """The model before its first step."""
-        model = build(self.model, self.seed, vocab=self.language.vocab)
+        named = {"vocab": self.language.vocab} if isinstance(self.model, str) else {}
+        model = build(self.model, self.seed, **named)
         if self.config.compile:
             without_mask(model)
         if self.factored:

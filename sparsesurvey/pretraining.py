@@ -1,0 +1,332 @@
+"""The 162M Mistral trained under every structure, most telling runs first, in so many minutes.
+
+``python -m sparsesurvey.pretraining --help``; on several GPUs of a machine ``torchrun --nproc-per-node N -m
+sparsesurvey.pretraining``. First the time of a step and of its parts, then runs to their end, each recorded once. What is
+not finished in time has a checkpoint and goes on when the command is given again. The text is English Wikipedia in 32,000
+tokens: a folder with the files of ``FILES``, named by ``--corpus`` or in the environment by ``SPARSESURVEY_CORPUS``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from time import monotonic
+
+import torch
+
+from sparsesurvey import benchmark, data, measure, mistral, parallel, speed, steptime, targets
+from sparsesurvey.benchmark import BrokenDevice
+from sparsesurvey.data import Language
+from sparsesurvey.deadline import OutOfTime, timed_out
+from sparsesurvey.experiments import CHAPTER, FUSED, Job, run
+from sparsesurvey.machine import PACKAGE, Machine
+from sparsesurvey.mlp import can_fuse
+from sparsesurvey.records import live_folder
+from sparsesurvey.recipe import Recipe
+from sparsesurvey.recipes import FST, SRSTE, SSTE, DenseLast, PruneAndGrow, RigL, Static
+from sparsesurvey.structure import PRODUCTS, Structure
+from sparsesurvey.structures import NM, VNM, Block, Butterfly, Diagonal, TileWise, Transposable, Unstructured
+from sparsesurvey.train import Diverged, History, TrainConfig
+
+CORPUS = "SPARSESURVEY_CORPUS"
+FILES = ("wiki-en.train.txt.xz", "wiki-en.valid.txt.xz", "wiki-en.bpe32000.json")  # text to train on, to validate on, tokenizer
+CONFIG = TrainConfig(
+    steps=1000, batch=64, seq=1024, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, clip=1.0, warmup=100, schedule="wsd", cooldown=0.35,
+    eval_every=50, eval_batches=4, checkpoint_every=1000, device="cuda", precision="bfloat16", chunk=16384, compile=True)
+MUON = {"optimizer": "muon", "muon_lr": 0.02, "lr": 3e-3}
+REHEARSAL = replace(CONFIG, steps=4, batch=2, seq=16, warmup=1, eval_every=2, eval_batches=1, checkpoint_every=2, device="cpu",
+                    precision="float32", chunk=16, compile=False)
+DIVERGED = "diverged"  # the metric of a run that has no loss any more: the steps after which it was last validated
+WARM = 90  # seconds that a compiled run takes before its first step
+DISK = 2e8  # bytes a second of a checkpoint that is written
+
+
+# ---- what there is to train
+
+
+def wikipedia(folder: str | Path = "") -> Language:
+    """The campaign's text as tokens, made once, from a folder with ``FILES``; by default that of ``SPARSESURVEY_CORPUS``.
+
+    ValueError if no folder is named, FileNotFoundError if it has not the files.
+    """
+    chosen = folder or os.environ.get(CORPUS)
+    if not chosen:
+        raise ValueError(f"corpus must be a folder with {', '.join(FILES)}: give --corpus, or set {CORPUS}; got none")
+    train, valid, tokenizer = (Path(chosen) / name for name in FILES)
+    read = partial(data.text, train, valid, tokenizer, progress=parallel.first())
+    if parallel.first():
+        read()
+    parallel.wait()  # one makes the tokens, the others find them
+    return read()
+
+
+def best_kernel(structure: Structure | None, recipe: Recipe, device: str) -> str:
+    """The kernel to train with: on a GPU ours or cuSPARSELt's, fused if it can be, on a CPU "gather"; else "masked".
+
+    A kernel must have all three products, and the recipe one mask for the whole run.
+    """
+    if structure is None or not recipe.fixed_mask:
+        return "masked"
+    able = set.intersection(*(set(structure.kernels(product)) for product in PRODUCTS))
+    words = ("gather",) if device == "cpu" else (*targets.OURS, "cusparselt")
+    name = next((name for name in words if name in able), "masked")
+    return name + FUSED if can_fuse(structure, name) else name
+
+
+def runs(language: Language, model: str = "162m", config: TrainConfig = CONFIG) -> list[Job]:
+    """Every run of the campaign, most telling first.
+
+    A structure with kernels for all three products is trained with them, any other and every mask that moves by masked dense
+    products: exact losses, and no speed. The runs of twice the steps have about the time of the dense one, if blocks are twice as fast.
+    """
+    def job(structure: Structure | None, recipe: Recipe = Static(), seed: int = 0, **changes) -> Job:
+        kernel = best_kernel(structure, recipe, config.device)
+        if changes.get("optimizer") == "muon":
+            kernel = "masked"  # it wants matrices
+        return Job(structure, seed, language, model, replace(config, **changes), recipe if structure else Recipe(), kernel)
+
+    block = {(side, sparse): Block(side, side, 1 - sparse / 100) for side in (128, 64, 32) for sparse in (50, 75, 90)}
+    tall, free, pairs, both = block[128, 90], Unstructured(0.1), NM(2, 4), Transposable(2, 4)
+    longer = {"steps": 2 * config.steps}
+    rates = [{"lr": config.lr / 3}, {"lr": 3 * config.lr}]
+    return [
+        job(None), job(tall), job(both), job(pairs), job(tall, **longer),
+        job(block[64, 90]), job(free), job(VNM(64, 2, 8)), job(pairs, SRSTE()), job(free, RigL(every=50)),
+        job(block[64, 90], PruneAndGrow(every=50)), job(None, seed=1), job(pairs, seed=1),
+        job(both, DenseLast(FST())), job(both, FST()), job(pairs, SSTE()),
+        job(block[128, 75]), job(block[128, 75], **longer), job(block[64, 75]), job(block[64, 50]), job(block[128, 50]),
+        job(block[32, 90]), job(block[32, 75]), job(block[32, 50]),
+        job(TileWise(128, 0.1)), job(Diagonal(0.1)), job(Butterfly(32, 2)),
+        *(job(structure, **rate) for structure in (None, free, tall) for rate in rates),
+        *(job(structure, **MUON) for structure in (None, pairs, free, tall)),
+        *(job(block[side, sparse], PruneAndGrow(every=50)) for side, sparse in ((64, 75), (32, 90), (32, 75), (64, 50), (32, 50))),
+    ]
+
+
+def timed(jobs: Sequence[Job]) -> list[Job]:
+    """The runs whose steps are taken apart: dense first, those that the targets name, then one of each kind of product."""
+    dense, tall, both, *rest = jobs
+    apart = replace(tall, kernel=tall.kernel.removesuffix(FUSED))
+    masked = replace(tall, kernel="masked")
+    return [dense, *dict.fromkeys([tall, both, apart, masked])]
+
+
+# ---- training them
+
+
+@dataclass
+class Pretraining:
+    """Training runs until a moment of ``monotonic``; what went wrong is told at the end."""
+
+    record: str
+    deadline: float
+    problems: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def left(self) -> float:
+        return self.deadline - monotonic()
+
+    def go_through(self, jobs: Iterable[Job]) -> None:
+        """Train what is not recorded and has time enough to leave something behind."""
+        for job in jobs:
+            wanted = not (job.done(self.record) or diverged(job, self.record)) and self.left > least(job)
+            if parallel.agreed(wanted):
+                self.train(job)
+
+    def train(self, job: Job) -> None:
+        if parallel.first():
+            print(f"{named(job)}: {max(0, self.left):.0f} s left", flush=True)
+        seen: list[int] = [0]
+        try:
+            run(job, self.record, progress=True, watch=stopping(job, self.deadline, seen))
+        except Diverged as error:
+            self.problems[named(job)] = str(error)
+            if parallel.first():
+                write_diverged(job, seen[-1], self.record)
+        except Exception as error:
+            self.problems[named(job)] = f"{type(error).__name__}: {error}".splitlines()[0]
+            check_device(job)
+            if parallel.world()[1] > 1:
+                raise  # the other processes wait for this one
+        else:
+            if parallel.first() and not (job.dense and job.seed == 0):  # others want the weights of that one; each is 2 GB
+                job.checkpoint.unlink(missing_ok=True)
+        forget()
+
+    def take_apart(self, jobs: Sequence[Job], **how) -> None:
+        """The time of steps and of their parts; a run that cannot be is left out."""
+        able = []
+        for job in jobs:
+            try:
+                job.start()
+                able.append(job)
+            except ValueError as error:
+                self.problems[f"steps of {named(job)}"] = str(error)
+        try:
+            steptime.step_times(able, self.record, **how)
+        except Exception as error:
+            self.problems["steps"] = f"{type(error).__name__}: {error}".splitlines()[0]
+            check_device(jobs[0])
+        forget()
+
+
+def least(job: Job) -> float:
+    """Seconds below which a run is not worth starting, for it would leave no checkpoint."""
+    if not job.config.compile:
+        return 1.0
+    return WARM + min(job.config.checkpoint_seconds, 60) + saving(job)
+
+
+def saving(job: Job) -> float:
+    """Seconds that writing a checkpoint may take: weights and two moments in float32."""
+    shape = mistral.config(job.model) if isinstance(job.model, str) else job.model
+    return 12 * sum(mistral.parameters(shape).values()) / DISK
+
+
+def stopping(job: Job, deadline: float, seen: list[int]) -> Callable[[History], None]:
+    """A ``watch`` of ``train`` that raises OutOfTime after a validation if the run cannot end in time, and no further
+    checkpoint would be in time either: all that is trained then would be trained again. ``seen`` gets the steps done."""
+    begun: list[float] = []
+
+    def watch(history: History) -> None:
+        begun.append(time.time())
+        step = history.valid[-1][0]
+        seen.append(step)
+        written = max(begun[0], job.checkpoint.stat().st_mtime if job.checkpoint.exists() else 0)
+        late = too_late(job, step, history.seconds, deadline - monotonic(), time.time() - written)
+        if parallel.agreed(late):
+            raise OutOfTime
+
+    return watch
+
+
+def too_late(job: Job, step: int, seconds: float, left: float, age: float) -> bool:
+    """Whether a run after ``step`` steps that took ``seconds`` can neither end nor write another checkpoint in the time that
+    is left; ``age`` is that of its last one, in seconds."""
+    config, save = job.config, saving(job)
+    rest = 1.2 * (config.steps - step) * seconds / max(step, 1)  # with its validations
+    by_clock = config.checkpoint_seconds - age
+    by_count = (config.checkpoint_every - step % config.checkpoint_every) % config.checkpoint_every * seconds / max(step, 1)
+    return rest > 0 and rest + save > left and max(0.0, min(by_clock, by_count)) + save > left
+
+
+def named(job: Job) -> str:
+    longer = f", {job.config.steps} steps" if job.config.steps != CONFIG.steps else ""
+    return f"{job.name}, {job.method}, {job.config.optimizer} {job.at()['lr']:.2g}{longer}, seed {job.seed}"
+
+
+def write_diverged(job: Job, step: int, folder: str) -> None:
+    measure.record(measure.Measurement.now(DIVERGED, "1", step, structure=job.name, method=job.method, at=job.at(), source=job.source,
+                                           machine=Machine.current(job.config.device), code=job.code), CHAPTER, folder)
+
+
+def diverged(job: Job, folder: str) -> bool:
+    """Whether this run is known to lose its loss: it would again."""
+    return any(row.metric == DIVERGED and (row.structure, row.method, row.code) == (job.name, job.method, job.code)
+               and row.at == job.at() and row.machine.device == Machine.current(job.config.device).device
+               for row in measure.live(CHAPTER, folder))
+
+
+def check_device(job: Job) -> None:
+    """BrokenDevice if the GPU takes no more work after a run's failure."""
+    try:
+        benchmark.check_alive(named(job), torch.device(job.config.device))
+    except BrokenDevice as broken:
+        broken.label = named(job)
+        raise
+
+
+def forget() -> None:
+    """Memory and compiled code of what is done: torch.compile keeps no more than a few versions of one function."""
+    gc.collect()
+    torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+# ---- the command
+
+
+def options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m sparsesurvey.pretraining", description=__doc__.split("\n")[0])
+    parser.add_argument("--minutes", type=float, default=9.0, help="when to stop (default 9)")
+    parser.add_argument("--device", default="cuda", help="cuda or cuda:0 (default cuda)")
+    parser.add_argument("--record", default="", help="folder of the rows; by default that of the live rows")
+    parser.add_argument("--corpus", default="", help=f"folder with {', '.join(FILES)} (default ${CORPUS})")
+    parser.add_argument("--only", default="", help="train the runs with this in their name, see --list")
+    parser.add_argument("--list", action="store_true", help="say what there is to train, and what of it is recorded")
+    parser.add_argument("--dry-run", action="store_true", help="a few steps of the 5M model on the CPU: does all of it run?")
+    given = parser.parse_args(arguments)
+    if not 0 < given.minutes < 1e4:
+        parser.error(f"--minutes must be a number above 0, got {given.minutes}")
+    if given.dry_run and given.record and Path(given.record).resolve() == (PACKAGE / "recorded").resolve():
+        parser.error("--dry-run measures nothing: give its rows another folder than that of the package")
+    if given.dry_run:
+        given.device, given.record = "cpu", given.record or tempfile.mkdtemp(prefix="sparsesurvey-")
+    try:
+        measure.check_device(given.device)
+    except ValueError as error:
+        parser.error(f"{error}; --dry-run needs no GPU")
+    return given
+
+
+def jobs_of(device: str, corpus: str, rehearsal: bool) -> list[Job]:
+    """The campaign's runs, or those of its rehearsal: the 5M model on the bytes of the standard library."""
+    if rehearsal:
+        return runs(data.stdlib(), "5m", REHEARSAL)
+    return runs(wikipedia(corpus), "162m", replace(CONFIG, device=device))
+
+
+def work(made: Pretraining, jobs: Sequence[Job], only: str = "", rehearsal: bool = False) -> None:
+    """Take steps apart, then train, until the deadline."""
+    chosen = [job for job in jobs if only in named(job)]
+    if not only and parallel.world()[1] == 1:
+        made.take_apart(timed(jobs), **({"rounds": 3, "min_seconds": 1e-3} if rehearsal else {}))
+    made.go_through(chosen)
+
+
+def report(made: Pretraining, jobs: Sequence[Job]) -> None:
+    """What went wrong, what is recorded, and the targets."""
+    for what, why in made.problems.items():
+        print(f"FAILED {what}: {why}")
+    done = [job for job in jobs if job.done(made.record)]
+    print(f"{len(done)} of {len(jobs)} runs are recorded in {live_folder(made.record)}\n")
+    slug = Machine.current(jobs[0].config.device).slug
+    rows = [row for chapter in (CHAPTER, steptime.CHAPTER) for row in measure.live(chapter, made.record) if row.machine.slug == slug]
+    print(targets.table(speed.verdicts(rows)), flush=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    start = monotonic()
+    given = options(arguments)
+    if given.dry_run:
+        os.environ.setdefault("SPARSESURVEY_RUNS", str(Path(given.record) / "runs"))
+    device = parallel.start(given.device)
+    jobs = jobs_of(device, given.corpus, given.dry_run)
+    if given.list:
+        for job in jobs:
+            print(f"{'recorded' if job.done(given.record) else 'open':9}{named(job)}")
+        return
+    made = Pretraining(given.record, start + 60 * given.minutes)
+    try:
+        with timed_out(made.left):
+            work(made, jobs, given.only, given.dry_run)
+    except OutOfTime:
+        if parallel.first():
+            print("The time is over; run the same command again to go on.", flush=True)
+    except KeyboardInterrupt:
+        print("Stopped; run the same command again to go on from the last checkpoint.", flush=True)
+    if parallel.first():
+        report(made, jobs)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
