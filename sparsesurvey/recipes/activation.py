@@ -51,7 +51,8 @@ class VenomActivations(Recipe):
     ends: ClassVar[str] = "sparse in part"
     plain: ClassVar[bool] = False
     table: ClassVar[dict[str, str]] = {
-        "forward": "soft(W) for gate and up; W, and x V:N:M, for down", "input gradient": "W for gate and up; soft_out(W) for down",
+        "forward": "soft(W) for gate and up; W, and x V:N:M, for down",
+        "input gradient": "W for gate and up; soft_out(W) for down",
         "output gradient": "dy, V:N:M for gate and up", "edit": "dW", "mask": "each step; of x for each batch",
     }
 
@@ -93,7 +94,7 @@ class VenomActivations(Recipe):
         return layer.name.rpartition(".")[2] == self.last
 
     def soft(self, layer: SparseLinear) -> Tensor:
-        """The weight ``[out, in]`` in groups along the axis that its product sums over: outputs for the last projection's dx."""
+        """The soft weight ``[out, in]`` in groups along the axis that its product sums over: outputs, for the last one's dx."""
         n, m = layer.structure.inner.n, layer.structure.inner.m
         if self.is_last(layer):
             return soft_threshold(layer.weight.T.contiguous(), n, m).T

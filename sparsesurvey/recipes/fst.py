@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FST(Recipe):
-    """Fully sparse training (Hu et al. 2024): F(W) = B(W) = W * m with transposable m, dW = MVUE(dy.T) @ x + decay (1 - m) * W.
+    """Fully sparse training (Hu et al. 2024): F(W) = B(W) = W * m, dW = MVUE(dy.T) @ x + decay (1 - m) * W.
 
-    The mask is chosen by magnitude of the dense weight every ``every`` optimizer steps, from the first on. All three
+    The mask m is transposable, chosen by magnitude of the dense weight every ``every`` optimizer steps, from the first on. All three
     products then have a 2:4 operand: half of the arithmetic of dense training. The decay is added to the gradient, so that
     Adam normalises it; it pulls what is masked towards zero and so keeps the mask from flipping.
 

@@ -64,8 +64,8 @@ class RigL(Recipe):
 
     def check(self, structure: Pattern) -> None:
         if not grows(structure):
-            raise ValueError(f"recipe {self} needs a structure that keeps or drops units whatever becomes of the others, in a "
-                             f"number told by its density, such as Block(32, 32, 0.1) or Unstructured(0.1); got {structure}")
+            raise ValueError(f"recipe {self} needs a structure that keeps or drops units one by one, in a number that its "
+                             f"density tells, such as Block(32, 32, 0.1) or Unstructured(0.1); got {structure}")
 
     def start(self, weight: Tensor, structure: Pattern, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         return Static().start(weight, structure, generator)

@@ -156,7 +156,7 @@ def is_ordered(layer: SparseLinear) -> bool:
 
 
 def birkhoff_penalty(soft: Tensor) -> Tensor:
-    """The sum over rows and columns of ``|M_i|_1 - |M_i|_2``: 0 for a permutation, above it for any other of the polytope."""
+    """The sum over rows and columns of ``|M_i|_1 - |M_i|_2``: 0 for a permutation, above that elsewhere on the polytope."""
     size = soft.abs()
     return sum((size.sum(axis) - torch.linalg.vector_norm(soft, dim=axis)).sum() for axis in (0, 1))
 
