@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
 from sparsesurvey.linear import MLP, SparseLinear
-from sparsesurvey.operators import KINDS, LIBRARY, OPERATORS, define
+from sparsesurvey.operators import KINDS, LIBRARY, OPERATORS, below_autograd, define
 from sparsesurvey.packed import PackedLinear
 from sparsesurvey.recipes.static import Static
 from sparsesurvey.structure import Pattern, Structure
@@ -63,8 +63,7 @@ class FirstHalf(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, kind: int, hidden: int, *places: Tensor) -> Tensor:
         ctx.kind = kind
         ctx.save_for_backward(x, gate, up, *places)
-        with torch._C._AutoDispatchBelowAutograd():  # else this would call itself
-            return OPERATORS.swiglu.default(x, gate, up, places, kind, hidden)
+        return below_autograd(OPERATORS.swiglu.default, x, gate, up, places, kind, hidden)
 
     @staticmethod
     @once_differentiable
@@ -78,7 +77,13 @@ class FirstHalf(torch.autograd.Function):
         return dx, *grads, None, None, *[None] * len(places)
 
 
-LIBRARY.impl("swiglu", lambda x, gate, up, places, kind, hidden: FirstHalf.apply(x, gate, up, kind, hidden, *places), "Autograd")
+def recorded(x: Tensor, gate: Tensor, up: Tensor, places: list[Tensor], kind: int, hidden: int) -> Tensor:
+    if torch.is_grad_enabled() and any(part.requires_grad for part in (x, gate, up)):
+        return FirstHalf.apply(x, gate, up, kind, hidden, *places)
+    return below_autograd(OPERATORS.swiglu.default, x, gate, up, places, kind, hidden)
+
+
+LIBRARY.impl("swiglu", recorded, "Autograd")
 
 
 class SparseMLP(nn.Module):

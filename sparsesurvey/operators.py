@@ -88,6 +88,12 @@ def define(schema: str, run: Callable[..., Any], shapes: Callable[..., Any]) -> 
     torch.library.register_fake(f"sparsesurvey::{name}", shapes, lib=LIBRARY)
 
 
+def below_autograd(operator: Callable[..., Any], *arguments: Any) -> Any:
+    """Call an operator past the function that autograd calls instead of it."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*arguments)
+
+
 def multiply(product: str, values: Tensor, places: list[Tensor], number: int, *inputs: Tensor) -> Tensor:
     """One of ``structure.PRODUCTS`` of a packed weight, in the dtype of the activations."""
     of = KINDS[number]
@@ -122,8 +128,7 @@ class Products(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, values: Tensor, kind: int, out: int, *places: Tensor) -> Tensor:
         ctx.kind = kind
         ctx.save_for_backward(x, values, *places)
-        with torch._C._AutoDispatchBelowAutograd():  # else this would call itself
-            return OPERATORS.spmm.default(x, values, places, kind, out)
+        return below_autograd(OPERATORS.spmm.default, x, values, places, kind, out)
 
     @staticmethod
     @once_differentiable
@@ -135,4 +140,10 @@ class Products(torch.autograd.Function):
         return dx, grad, None, None, *[None] * len(places)
 
 
-LIBRARY.impl("spmm", lambda x, values, places, kind, out: Products.apply(x, values, kind, out, *places), "Autograd")
+def recorded(x: Tensor, values: Tensor, places: list[Tensor], kind: int, out: int) -> Tensor:
+    if torch.is_grad_enabled() and (x.requires_grad or values.requires_grad):
+        return Products.apply(x, values, kind, out, *places)
+    return below_autograd(OPERATORS.spmm.default, x, values, places, kind, out)
+
+
+LIBRARY.impl("spmm", recorded, "Autograd")

@@ -9,7 +9,6 @@ from torch import nn
 from torch.nn.functional import linear, silu
 
 from sparsesurvey.linear import SparseLinear, densify, sparse_layers, sparsify
-from sparsesurvey.mistral import build
 from sparsesurvey.mlp import SparseMLP, can_fuse, fuse_mlps, sparse_mlps, split_mlps
 from sparsesurvey.packed import PackedLinear, pack_layers
 from sparsesurvey.recipes.static import Static
@@ -65,7 +64,7 @@ def test_products_apart_equal_a_dense_mlp(structure):
 
 def test_gradients_match_finite_differences():
     mlp = SparseMLP(*layers(Block(16, 16, 0.5)))
-    assert torch.autograd.gradcheck(mlp, (random(3, INN, seed=3).requires_grad_(),))
+    assert torch.autograd.gradcheck(mlp, (random(2, INN, seed=3).requires_grad_(),), fast_mode=True)
 
 
 def test_nothing_dense_is_held():
@@ -89,22 +88,23 @@ def test_lower_dtypes_add_up_in_float32():
 FUSED = """
 import copy
 import torch
+from torch._dynamo.backends.debugging import aot_eager
 from sparsesurvey.mlp import SparseMLP
 from sparsesurvey.operators import KINDS
 from sparsesurvey.structures import Block
 from test_mlp import dense, layers, packed, random, INN
-for structure, dtype in ((Block(32, 16, 0.5), torch.float32), (Block(16, 16, 0.5), torch.float16)):
+for structure, dtype, counts in ((Block(32, 16, 0.5), torch.float32, (33, 0, 3)), (Block(16, 32, 0.5), torch.float16, (5, 2))):
     mlp = SparseMLP(*layers(structure, "triton", dtype=dtype))
     assert mlp.fused
     exact, calls = copy.deepcopy(mlp).double(), []
     mlp.gate_proj.register_forward_hook(lambda *_: calls.append(1))
     optimizer = torch.optim.AdamW(mlp.parameters(), lr=0.01, fused=True)
-    for tokens in (40, 0, 3):  # the values change in between, and no plan may notice
+    for tokens in counts:  # the values change in between, and no plan may notice
         x = random(tokens, 2 * INN, seed=3).to(dtype)[:, ::2]
         dy = random(INN, tokens, seed=4).to(dtype).T
         exact.load_state_dict(mlp.state_dict())
         for got, want in zip(packed(mlp, x, dy), dense(exact, x.double(), dy.double()), strict=True):
-            assert got.dtype == dtype and got.shape == want.shape
+            assert got.dtype == dtype and got.shape == want.shape and want.any() == (tokens > 0)
             assert (got.double() - want).abs().max() <= 8 * torch.finfo(dtype).eps * want.abs().max() if tokens else not got.any()
         optimizer.step()
     made = KINDS[mlp.gate_proj.kind].plans_of(mlp.gate_proj.values).made
@@ -126,17 +126,13 @@ for step in range(2):
             part.data.mul_(1.5)  # is not counted
     right = dense(copy.deepcopy(mlp).double(), x.double(), dy.double())
 
-step = torch.compile(mlp, fullgraph=True, backend="aot_eager")
-for tokens in (5, 7, 9):
+graphs = []
+step = torch.compile(mlp, fullgraph=True, dynamic=True, backend=lambda graph, inputs: graphs.append(graph) or aot_eager(graph, inputs))
+for tokens in (5, 7):
     x, dy = random(tokens, INN, seed=3).float(), random(tokens, INN, seed=4).float()
-    eager = packed(mlp, x, dy)
-    mlp.zero_grad()
-    x.requires_grad_()
-    y = step(x)
-    y.backward(dy)
-    assert torch.equal(y, eager[0]) and torch.equal(x.grad, eager[1])
-from torch._dynamo.utils import counters
-assert counters["stats"]["unique_graphs"] <= 2, counters["stats"]
+    for got, want in zip(packed(step, x, dy), packed(mlp, x, dy), strict=True):
+        assert torch.equal(got, want)
+assert len(graphs) == 1 and any("swiglu" in str(node.target) for node in graphs[0].graph.nodes)
 """
 
 
@@ -158,8 +154,14 @@ def test_fused_kernels_say_what_they_need():
 # ---- in a model
 
 
-def tokens(count=16):
-    return torch.arange(2 * count).remainder(32).view(2, count)
+def markov():
+    from sparsesurvey.mistral import build  # here, not above: the interpreted tests import this file too, and need no models
+
+    return build("markov")
+
+
+def tokens():
+    return torch.arange(24).view(2, 12)
 
 
 def outcome(model, inputs):
@@ -170,7 +172,7 @@ def outcome(model, inputs):
 
 
 def test_mlps_of_a_model_are_replaced_and_come_back():
-    model = sparse_mlps(build("markov"), Block(16, 16, 0.5), "gather")
+    model = sparse_mlps(markov(), Block(16, 16, 0.5), "gather")
     mlps = [layer.mlp for layer in model.model.layers]
     assert all(isinstance(mlp, SparseMLP) for mlp in mlps) and len(sparse_layers(model)) == 6
     names, (y, grads) = list(model.state_dict()), outcome(model, tokens())
@@ -185,7 +187,7 @@ def test_mlps_of_a_model_are_replaced_and_come_back():
 
 
 def test_a_score_is_added_up_over_gate_and_up():
-    model = build("markov")
+    model = markov()
     plain = model.model.layers[1].mlp
     gate, up, down = (part.weight.detach() for part in (plain.gate_proj, plain.up_proj, plain.down_proj))
     mlp = sparse_mlps(model, Block(8, 8, 0.25), "gather", Static(magnitude)).model.layers[1].mlp
@@ -196,7 +198,7 @@ def test_a_score_is_added_up_over_gate_and_up():
 
 
 def test_random_masks_depend_on_seed_and_name():
-    first, same, other = (sparse_mlps(build("markov"), Block(8, 8, 0.25), "gather", seed=seed) for seed in (0, 0, 1))
+    first, same, other = (sparse_mlps(markov(), Block(8, 8, 0.25), "gather", seed=seed) for seed in (0, 0, 1))
     columns = lambda model, layer=0: model.model.layers[layer].mlp.up_proj.columns
     assert columns(first).equal(columns(same)) and not columns(first).equal(columns(other))
     assert not columns(first).equal(columns(first, 1))
@@ -213,20 +215,11 @@ def test_copies_are_mlps_of_their_own():
 
 
 def test_a_model_is_compiled_whole():
-    model = sparse_mlps(build("markov"), Block(16, 16, 0.5), "gather")
-    step = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for count in 16, 12, 8:
-        y, grads = outcome(model, tokens(count))
-        again, same = outcome_of(step, model, tokens(count))
-        torch.testing.assert_close(again, y)
-        torch.testing.assert_close(same, grads)
-
-
-def outcome_of(step, model, inputs):
-    model.zero_grad()
-    y = step(input_ids=inputs).logits
-    y.square().mean().backward()
-    return y.detach(), {name: part.grad for name, part in model.named_parameters()}
+    model = sparse_mlps(markov(), Block(16, 16, 0.5), "gather")
+    y, grads = outcome(model, tokens())
+    again, same = outcome(torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False), tokens())
+    torch.testing.assert_close(again, y)
+    torch.testing.assert_close(same, {f"_orig_mod.{name}": grad for name, grad in grads.items()})
 
 
 # ---- bad input
@@ -252,15 +245,15 @@ def test_layers_that_do_not_fit_together():
 def test_models_that_do_not_fit():
     with pytest.raises(ValueError, match="model must have gated MLPs with gate_proj, up_proj, down_proj, got a Linear"):
         fuse_mlps(nn.Linear(4, 4))
-    model = pack_layers(sparsify(build("markov"), Block(16, 16, 0.5), Static()), "gather")
+    model = pack_layers(sparsify(markov(), Block(16, 16, 0.5), Static()), "gather")
     with pytest.raises(ValueError, match="model.layers.0.mlp: up must keep the places that gate keeps"):
         fuse_mlps(model)
     assert not any(isinstance(part, SparseMLP) for part in model.modules())
     with pytest.raises(ValueError, match="model.layers.0.mlp must have plain linear layers, got PackedLinear"):
         sparse_mlps(model, Block(16, 16, 0.5), "gather")
     with pytest.raises(ValueError, match="fused must be False"):
-        sparse_mlps(build("markov"), Block(16, 16, 0.5), "gather", fused=True)
-    model = build("markov")
+        sparse_mlps(markov(), Block(16, 16, 0.5), "gather", fused=True)
+    model = markov()
     model.model.layers[1].mlp.act_fn = nn.GELU()
     with pytest.raises(ValueError, match=r"model.layers.1.mlp must have SiLU as its act_fn, got GELU"):
         sparse_mlps(model, Block(16, 16, 0.5), "gather")
