@@ -140,6 +140,7 @@ class Campaign:
     pace: Pace = field(default_factory=Pace)
     problems: dict[str, str] = field(default_factory=dict)
     reasons: dict[str, set[str]] = field(default_factory=dict)  # why a kernel cannot run: for which structures
+    too_long: bool = False  # was there a case that no longer fitted into the time?
 
     @property
     def chapter(self) -> str:
@@ -172,10 +173,14 @@ class Campaign:
                     raise OutOfTime
                 bar.set_postfix_str(f"{max(0, self.left):.0f} s left, {case}", refresh=False)
                 count = 3 if case.product == "mlp" else len(kernels(case, self.skip))
-                if count and str(case) not in self.skip and self.pace.expected(case, count) < self.left:
+                if not count or str(case) in self.skip:
+                    continue
+                if self.pace.expected(case, count) < self.left:
                     start = monotonic()
                     self.try_case(case, timed)
                     self.pace.learn(case, count, monotonic() - start)
+                else:
+                    self.too_long = True
 
     def try_case(self, case: Case, timed: bool) -> None:
         try:
@@ -279,6 +284,8 @@ def work(given: argparse.Namespace, start: float) -> None:
                     prepare(workers, ["--device", given.device, "--record", folder, "--minutes", str(minutes)], 60 * minutes)
             made.go_through(aimed, "right?", timed=False)
             made.go_through(queue, "how fast?")
+            if made.too_long:
+                raise OutOfTime
     except OutOfTime:
         print("The time is over; run the same command again to go on.", flush=True)
     except KeyboardInterrupt:

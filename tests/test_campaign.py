@@ -279,6 +279,14 @@ def test_a_device_that_breaks_while_it_is_timed_costs_the_case(monkeypatch):
     made.go_through([case], "again")  # is left out
 
 
+def test_a_case_that_no_longer_fits_is_left_for_the_next_time(monkeypatch):
+    made = campaign.Campaign("cpu", "", time.monotonic() + 1)
+    tried = []
+    monkeypatch.setattr(made, "try_case", lambda case, timed: tried.append(case))
+    made.go_through([Case(Block(64, 64, 0.1), (4096, 4096), 8192)], "how fast?")
+    assert not tried and made.too_long
+
+
 def test_time_that_is_over_interrupts_a_case():
     with pytest.raises(campaign.OutOfTime), campaign.timed_out(0.05):
         time.sleep(5)
