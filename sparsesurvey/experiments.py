@@ -55,9 +55,10 @@ SOURCE = ",".join(f"sparsesurvey.{module}" for module in ("data", "linear", "mis
 
 @dataclass(frozen=True)
 class Job:
-    """One run: what is trained, on what, how; the model has the vocabulary of the language. ``structure`` None is the plain dense model, as is one named "dense".
+    """One run: what is trained, on what, how. ``structure`` None is the plain dense model, as is one named "dense".
 
-    One without a mask is trained by the values that it stores, see ``factored``; its recipe must be ``Static()``.
+    The model has the vocabulary of the language. A structure without a mask is trained by the values that
+    it stores, see ``factored``; its recipe must be ``Static()``.
     ``kernel`` is "masked", dense products with a mask, or one of the structure's kernels, see ``packed``; with " fused" behind
     its name gate, up and activation are one kernel, and gate and up have one mask, see ``mlp``.
     """
@@ -132,6 +133,8 @@ class Job:
         config = {key: value for key, value in asdict(self.settings).items() if key not in FREE}
         shown = {key: config[key] for key in ("seed", "steps", "batch", "seq", "optimizer")}
         shown["lr"] = config["muon_lr" if self.config.optimizer == "muon" else "lr"]
+        if self.config.precision != "float32":
+            shown["precision"] = self.config.precision
         when = {} if step is None else {"step": step, "tokens": step * self.config.batch * self.config.seq}
         return {"model": self.size, "language": self.language.name, "corpus": self.language.digest[:12],
                 **shown, **when, "settings": _hash([config, "" if self.dense else spelled(self.recipe)], 8)}

@@ -16,6 +16,7 @@ from sparsesurvey.measure import Timing
 from sparsesurvey.records import Measurement
 from sparsesurvey.roofline import Roofline
 from sparsesurvey.structure import Shape, Structure
+from sparsesurvey.tables import called
 
 # The families that most figures show have Okabe and Ito's palette, which readers with any colour vision tell apart; nobody
 # tells twenty colours apart, so figures of all structures name every line.
@@ -45,7 +46,11 @@ def style() -> None:
 
 
 def family(structure: str) -> str:
-    """The family that a notation belongs to: ``2:4`` is N:M, ``2:4+2:8`` is TASD, ``block 8x8 50%`` is block."""
+    """The family that a notation belongs to: ``2:4`` is N:M, ``2:4+2:8`` is TASD, ``block 8x8 50%`` is block.
+
+    What stands behind a comma, a recipe's name, does not count.
+    """
+    structure = structure.partition(", ")[0]
     if re.fullmatch(r"\d+:\d+( out)?", structure):
         return "N:M"
     if re.fullmatch(r"\d+:\d+(\+\d+:\d+)+", structure):
@@ -271,50 +276,66 @@ def _draw_ratio(ax: Axes, row: Measurement, line: int, number: int, count: int) 
 
 
 def curves(rows: Iterable[Measurement], floor: float | None = None, ax: Axes | None = None) -> Axes:
-    """Loss against training tokens: a line a structure (the mean over its seeds), a band from its lowest to highest
-    seed; the loss before any training is off the scale.
+    """Loss against training tokens: a line a structure and recipe (the mean over its seeds), a band from its lowest to
+    highest seed; the loss before any training is off the scale.
 
     ``floor`` is a loss that nothing can go below (the entropy of the language), drawn as a line.
     """
+    rows = list(rows)
+    ax = traces(rows, ax)
+    if not rows:
+        return ax
+    if floor is not None:
+        ax.axhline(floor, color="black", linewidth=1, linestyle=":")
+        ax.annotate("entropy of the language", (0, floor), xytext=(4, 3), textcoords="offset points", fontsize=8)
+    early = min((row.at["tokens"] for row in rows if row.at["tokens"]), default=0)  # before it is the fall from guessing, which hides the rest
+    ax.set_ylim(top=1.02 * max(row.value for row in rows if row.at["tokens"] >= early))
+    return ax
+
+
+def traces(rows: Iterable[Measurement], ax: Axes | None = None) -> Axes:
+    """Any one metric of training runs against training tokens, drawn like ``curves``."""
     ax = ax or plt.figure(figsize=(7.2, 3.8)).add_subplot()
     rows = list(rows)
     if not rows:
         ax.text(0.5, 0.5, "no run is recorded yet", ha="center", color="#555555")
         return ax
-    for name, style_ in _dashes(rows).items():
+    for name, (shade, dashes) in looks(called(row) for row in rows).items():
         mine = pd.DataFrame([{"tokens": row.at["tokens"], "seed": row.at["seed"], "loss": row.value}
-                             for row in rows if row.structure == name])
+                             for row in rows if called(row) == name])
         loss = mine.groupby("tokens")["loss"].agg(["mean", "min", "max"])
-        ax.plot(loss.index, loss["mean"], color=colour(name), linestyle=style_, label=f"{name} ({mine['seed'].nunique()})")
-        ax.fill_between(loss.index, loss["min"], loss["max"], color=colour(name), alpha=0.15, linewidth=0)
-    if floor is not None:
-        ax.axhline(floor, color="black", linewidth=1, linestyle=":")
-        ax.annotate("entropy of the language", (0, floor), xytext=(4, 3), textcoords="offset points", fontsize=8)
-    early = min(row.at["tokens"] for row in rows if row.at["tokens"])  # before it is the fall from guessing, which hides the rest
-    ax.set(xlabel="training tokens", ylabel=f"validation loss, {rows[0].unit}", title="; ".join(by_machine(rows)))
-    ax.set_ylim(top=1.02 * max(row.value for row in rows if row.at["tokens"] >= early))
+        ax.plot(loss.index, loss["mean"], color=shade, linestyle=dashes, label=f"{name} ({mine['seed'].nunique()})")
+        ax.fill_between(loss.index, loss["min"], loss["max"], color=shade, alpha=0.15, linewidth=0)
+    unit = "" if rows[0].unit == "1" else f", {rows[0].unit}"
+    ax.set(xlabel="training tokens", ylabel=f"{rows[0].metric}{unit}", title="; ".join(by_machine(rows)))
     ax.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1e3:g}k" if tokens < 1e6 else f"{tokens / 1e6:g}M")
     ax.legend(title="structure (seeds)", title_fontsize=8, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return ax
 
 
-def _dashes(rows: Iterable[Measurement]) -> dict[str, str]:
-    """A line style for each structure that differs within its family, whose colour it shares."""
-    styles: dict[str, str] = {}
-    for name in dict.fromkeys(row.structure for row in rows):
-        rank = sum(family(other) == family(name) for other in styles)
-        styles[name] = ("-", "--", ":", "-.")[rank % 4]
-    return styles
+def looks(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """A colour and a line style for each name: those of a family share its colour, but many of one family have a colour each."""
+    names = list(dict.fromkeys(names))
+    found: dict[str, tuple[str, str]] = {}
+    for name in names:
+        rank = sum(family(other) == family(name) for other in found)
+        found[name] = colour(name), ("-", "--", ":", "-.")[rank % 4]
+    kinds = {family(name) for name in names} - {"dense"}
+    if len(kinds) == 1 and len(names) > 5:
+        palette = [shade for kind, shade in COLOURS.items() if kind != "dense"]
+        for rank, name in enumerate(name for name in names if family(name) != "dense"):
+            found[name] = palette[rank % len(palette)], ("-", "--")[rank // len(palette) % 2]
+    return found
 
 
 def final_losses(rows: Iterable[Measurement], ax: Axes | None = None) -> Axes:
     """The loss at the end of each run: a dot a seed, a bar at the mean, the dense seeds' range shaded."""
     rows = list(rows)
     last = max(row.at["step"] for row in rows)
-    names = list(dict.fromkeys(row.structure for row in rows))
+    names = list(dict.fromkeys(called(row) for row in rows))
     ax = ax or plt.figure(figsize=(7.2, 0.9 + 0.34 * len(names))).add_subplot()
     for place, name in enumerate(names):
-        ends = np.array([row.value for row in rows if row.structure == name and row.at["step"] == last])
+        ends = np.array([row.value for row in rows if called(row) == name and row.at["step"] == last])
         if name == "dense":
             ax.axvspan(ends.min(), ends.max(), color=colour(name), alpha=0.15, linewidth=0)
         ax.plot(ends, np.full(len(ends), place), "o", color=colour(name), alpha=0.7, markersize=5)

@@ -78,8 +78,13 @@ def measured(row: Measurement) -> str:
     return f"{row.machine}, {row.origin} {row.date.replace('T', ' ')[:16]}{', stale' if row.stale else ''}"
 
 
+def called(row: Measurement) -> str:
+    """The name of a training run's line: its structure, and its recipe unless that is the usual one of a fixed mask."""
+    return row.structure if row.method in ("dense", "static", "factored") else f"{row.structure}, {row.method}"
+
+
 def gaps(rows: Iterable[Measurement]) -> "pd.DataFrame":
-    """How far each structure ends above dense, seed by seed: one line a structure, from rows of ``loss_curves``.
+    """How far each structure ends above dense, seed by seed: one line a structure and recipe, from rows of ``loss_curves``.
 
     Runs of one seed share their start and their batches, so the gap is taken within a seed: its mean, lowest and
     highest over the seeds. "resolved" says whether every seed's gap has the same sign and exceeds the range of dense
@@ -89,9 +94,9 @@ def gaps(rows: Iterable[Measurement]) -> "pd.DataFrame":
 
     ends: dict[str, dict[int, Measurement]] = {}
     for row in rows:
-        held = ends.setdefault(row.structure, {}).get(row.at["seed"])
+        held = ends.setdefault(called(row), {}).get(row.at["seed"])
         if held is None or row.at["step"] > held.at["step"]:
-            ends[row.structure][row.at["seed"]] = row
+            ends[called(row)][row.at["seed"]] = row
     if ends and "dense" not in ends:
         raise ValueError(f"rows must hold a dense run to compare with, got {', '.join(ends) or 'none'}")
     dense = {seed: row.value for seed, row in ends.get("dense", {}).items()}
