@@ -189,6 +189,18 @@ def test_whole_numbers_are_exact_whatever_the_layout_of_x(device):
         run(whole[:3].float())
 
 
+def test_structures_reach_the_kernel(device, monkeypatch):
+    """From the packed operand of each, in one compilation."""
+    device(1, SHARED, False)
+    monkeypatch.setattr(bitmap, "require", lambda values: None)
+    for structure in Unstructured(0.5), Balanced(4, 0.4), NM(3, 5):
+        packed = structure.pack(structure.project(draw(70, 60)))
+        x = draw(5, 60, seed=1)
+        want = x.double() @ structure.unpack(packed).double().T
+        error = (structure.spmm_cuda_bitmap(packed)(x).double() - want).abs().max() / want.abs().max()
+        assert error < torch.finfo(torch.bfloat16).eps, structure
+
+
 # ---- machine code
 
 

@@ -125,6 +125,20 @@ def test_what_is_not_stored_is_not_multiplied(small):
         run(x.half())
 
 
+def test_structures_reach_the_kernel(small, monkeypatch):
+    """From the packed operand of each, forward and transposed, in one compilation."""
+    small(1, False)
+    monkeypatch.setattr(skip.bitmap, "require", lambda values: None)
+    for structure in Unstructured(0.05), Balanced(2, 0.1), NM(1, 64), NM(1, 64, "out"), Diagonal(0.05):
+        packed = structure.pack(structure.project(draw(64, 128)))
+        weight = structure.unpack(packed).double()
+        for product, matrix in ("spmm", weight), ("spmmt", weight.T):
+            x = draw(5, matrix.shape[1], seed=1)
+            want = x.double() @ matrix.T
+            error = (structure.kernels(product)["cuda_skip"](packed)(x).double() - want).abs().max() / want.abs().max()
+            assert error < torch.finfo(torch.bfloat16).eps, (structure, product)
+
+
 # ---- machine code
 
 
