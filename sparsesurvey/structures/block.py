@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil, prod
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -216,36 +216,30 @@ class Block(Pattern):
 
     def swiglu_triton(self, gate: PackedBSR, up: PackedBSR, backward: bool = False) -> Plan:
         """Plan of ``h = silu(x @ gate.T) * (x @ up.T)``, or of ``dg, du = run(x, dh)``, for two weights with the same blocks."""
-        device_code, rows, columns, (down, across) = self.shared(gate, up)
-        from sparsesurvey.kernels import swiglu
-
-        sides = [device_code.arrange(part.values, rows, columns, (down, self.rows), (across, self.cols), transposed=False)
-                 for part in (gate, up)]
-        return swiglu.gated_plan(*sides, backward)
+        code, *sides = self.both(gate, up, transposed=False)
+        return code.gated_plan(*sides, backward)
 
     def both_spmmt_triton(self, gate: PackedBSR, up: PackedBSR) -> Plan:
         """Plan of ``dx = dg @ gate + du @ up``, for two weights with the same blocks."""
-        device_code, rows, columns, (down, across) = self.shared(gate, up)
-        from sparsesurvey.kernels import swiglu
-
-        sides = [device_code.arrange(part.values, columns, rows, (across, self.cols), (down, self.rows), transposed=True)
-                 for part in (gate, up)]
-        return swiglu.input_gradient_plan(*sides)
+        code, *sides = self.both(gate, up, transposed=True)
+        return code.input_gradient_plan(*sides)
 
     def both_sddmm_triton(self, gate: PackedBSR, up: PackedBSR) -> Plan:
         """Plan of ``dgate, dup = run(dg, du, x)``, the gradients of the values of two weights with the same blocks."""
-        _, rows, columns, grid = self.shared(gate, up)
+        code, *_ = self.both(gate, up, transposed=False)
+        return code.weight_gradient_plan(gate.values, *self.places(gate), self.grid(gate.shape))
+
+    def both(self, gate: PackedBSR, up: PackedBSR, transposed: bool) -> tuple[Any, ...]:
+        """The module kernels/swiglu.py and both weights arranged for it; ValueError if their blocks differ."""
+        device_code, (rows, columns) = self.device_code(gate), self.places(gate)
+        if not (up.columns.equal(gate.columns) and up.row_pointers.equal(gate.row_pointers) and up.shape == gate.shape):
+            raise ValueError("up must have the blocks of gate, got other places: choose one mask for both")
         from sparsesurvey.kernels import swiglu
 
-        return swiglu.weight_gradient_plan(gate.values, rows, columns, grid)
-
-    def shared(self, gate: PackedBSR, up: PackedBSR) -> tuple[ModuleType, Tensor, Tensor, Shape]:
-        """The Triton kernels, block rows and columns of the blocks of both weights, and the grid; ValueError if they differ."""
-        device_code, (rows, columns) = self.device_code(gate), self.places(gate)
-        same = up.columns.equal(gate.columns) and up.row_pointers.equal(gate.row_pointers) and up.shape == gate.shape
-        if not same:
-            raise ValueError("up must have the blocks of gate, got other places: choose one mask for both")
-        return device_code, rows, columns, self.grid(gate.shape)
+        (down, across), sides = self.grid(gate.shape), [rows, columns]
+        sizes = [(down, self.rows), (across, self.cols)]
+        order = slice(None, None, -1 if transposed else 1)
+        return swiglu, *(device_code.arrange(part.values, *sides[order], *sizes[order], transposed) for part in (gate, up))
 
     def lasting(self, kernel: str) -> bool:
         """Do this kernel's plans read the values where these are? Then they stay right while the values are trained."""
