@@ -29,8 +29,8 @@ class FST(Recipe):
 
     Args:
         every: 40 in the published code.
-        decay: 6e-5 for GPT-2 of 124M and 774M parameters, 2e-4 for 350M and 1558M; the paper takes the largest whose flip
-            rate is still 60 to 95 % of the dense one's.
+        decay: 6e-5 for GPT-2 of 124M and 774M parameters, 2e-4 for 350M and 1558M; the paper finds it in the
+            warm-up, by the rate at which masks flip.
         mvue: prune dy.T 2:4 along the tokens, unbiased, for dW; the tokens of a step must then be a multiple of 4.
         exact: by the estimate of least variance (Chmiel et al. 2023) instead of the approximate one, which the published
             training calls (see ``mvue``).

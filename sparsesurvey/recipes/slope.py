@@ -29,7 +29,7 @@ class SLoPe(Recipe):
     them. That the adapters are divided by r, and how they start, is from the published code.
 
     Args:
-        rank: r as a share of the layer's smaller side, at least 1. 0.021 is 16 of 768; the paper has 1 to 6 %.
+        rank: r as a share of the layer's smaller side, at least 1. 2.1 %, 16 of 768, is the paper's for GPT-2 small.
         lazy: the adapters live in the last 1 %.
         score: chooses ``m``; by default at random, as the paper says. The published code takes the largest of the fresh
             weights: ``SLoPe(score=magnitude)``.
