@@ -1,6 +1,7 @@
 # make book   create the environment, execute every chapter, build _build/html/index.html
 # make test   run the tests             make lab    open JupyterLab on the notebooks
 # make gpu    record what a GPU can do with the kernels, in MINUTES=9; run it again to go on
+# make gpu-train   train the 162M model there under the structures, in MINUTES=9, on the text in CORPUS=…; again to go on
 # make clean  delete _build (with the rows measured here)       make distclean  also the environment and npm's files
 #
 # make book DEVICE=cuda PRESET=full THREADS=2 JOBS=1 TIMEOUT=36000     passed on to the chapters and their execution
@@ -14,6 +15,7 @@ THREADS ?= 1
 JOBS    ?=
 TIMEOUT ?=
 MINUTES ?= 9
+CORPUS  ?=
 
 comma   := ,
 EXTRAS  ?= book,test$(if $(filter cuda%,$(DEVICE)),$(comma)gpu)
@@ -22,7 +24,7 @@ READY   := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 VENDOR  := book/_assets/vendor
 WIDGETS := node_modules/@jupyter-widgets/html-manager/dist
 
-.PHONY: book test lab gpu clean distclean
+.PHONY: book test lab gpu gpu-train clean distclean
 .DELETE_ON_ERROR:
 
 book: $(READY) $(VENDOR)/.complete
@@ -39,6 +41,11 @@ lab: $(READY)
 gpu:
 	$(PYTHON) -m sparsesurvey.campaign --minutes $(MINUTES) --device $(if $(filter cuda%,$(DEVICE)),$(DEVICE),cuda) \
 		--record sparsesurvey/recorded
+
+# These need transformers and tokenizers as well. CORPUS is a folder with the files of pretraining.FILES.
+gpu-train:
+	$(PYTHON) -m sparsesurvey.campaign --training --minutes $(MINUTES) --record sparsesurvey/recorded \
+		--device $(if $(filter cuda%,$(DEVICE)),$(DEVICE),cuda) $(if $(CORPUS),--corpus $(CORPUS))
 
 clean:
 	rm -rf _build

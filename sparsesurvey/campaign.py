@@ -3,6 +3,7 @@
 First the machine's limits, then whether every kernel of the targets is right (error against float64), then times: those of
 the targets, then a grid of shapes, tokens and densities. Rows are appended as they are measured, what is there already
 (with the same code) is skipped, so that an interrupted campaign goes on where it was. It ends with a table of the targets.
+With time left when all products are measured, or at once with ``--training``, the 162M model is trained: see ``pretraining``.
 """
 
 import argparse
@@ -235,6 +236,8 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", help="cuda or cuda:0 (default cuda)")
     parser.add_argument("--record", default="", help="folder of the rows; by default that of the live rows")
     parser.add_argument("--dry-run", action="store_true", help="tiny cases on the CPU, kernels interpreted: does all of it run?")
+    parser.add_argument("--training", action="store_true", help="train the 162M model instead (needs transformers and the corpus)")
+    parser.add_argument("--corpus", default="", help="folder of the text to train on (default $SPARSESURVEY_CORPUS)")
     parser.add_argument("--workers", type=int, default=None, help="processes that compile beforehand (default: half the cores, at most 6)")
     parser.add_argument("--skip", action="append", default=[], help=argparse.SUPPRESS)  # kernels that broke the device
     parser.add_argument("--part", default="", help=argparse.SUPPRESS)  # of the targets, to compile only
@@ -278,19 +281,37 @@ def work(given: argparse.Namespace, start: float) -> None:
             quick = {"rounds": 3, "min_seconds": 1e-4} if given.dry_run else {}
             print(limits(benchmark.calibrate(given.device, record=given.record, **quick)), flush=True)
             workers = min(6, (os.cpu_count() or 2) // 2) if given.workers is None else given.workers
-            if workers > 0 and not given.dry_run and not given.skip:
+            if workers > 0 and not (given.dry_run or given.skip or given.training):
                 with tempfile.TemporaryDirectory() as folder:
                     minutes = min(2.0, given.minutes / 4)
                     prepare(workers, ["--device", given.device, "--record", folder, "--minutes", str(minutes)], 60 * minutes)
-            made.go_through(aimed, "right?", timed=False)
-            made.go_through(queue, "how fast?")
+            if not given.training:
+                made.go_through(aimed, "right?", timed=False)
+                made.go_through(queue, "how fast?")
+            if given.training or not given.dry_run:
+                pretrain(made, given)
             if made.too_long:
                 raise OutOfTime
     except OutOfTime:
         print("The time is over; run the same command again to go on.", flush=True)
     except KeyboardInterrupt:
         print("Stopped; what was measured is recorded. Run the same command again to go on.", flush=True)
-    report(made)
+    if not given.training:
+        report(made)
+
+
+def pretrain(made: Campaign, given: argparse.Namespace) -> None:
+    """Train in the time that is left. Products need none of what training needs: it is not imported before."""
+    if not (given.training or given.corpus or os.environ.get("SPARSESURVEY_CORPUS")):
+        return
+    from sparsesurvey import pretraining
+
+    training = pretraining.Pretraining(given.record, made.deadline)
+    jobs = pretraining.jobs_of(given.device, given.record, given.corpus, given.dry_run)
+    try:
+        pretraining.work(training, jobs, skip=made.skip, rehearsal=given.dry_run)
+    finally:
+        pretraining.report(training, jobs)
 
 
 def report(made: Campaign) -> None:
@@ -317,7 +338,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{broken}; going on without {broken.label}", flush=True)
         left = given.minutes - (monotonic() - start) / 60
         if left > 0.2 and not given.part:
-            again = ["--minutes", f"{left:.3f}", "--device", given.device, "--record", given.record]
+            again = ["--minutes", f"{left:.3f}", "--device", given.device, "--record", given.record, "--corpus", given.corpus]
+            again += ["--training"] * given.training
             skip = [part for label in (*given.skip, broken.label) for part in ("--skip", label)]
             os.execv(sys.executable, [sys.executable, "-m", "sparsesurvey.campaign", *again, *skip])
 

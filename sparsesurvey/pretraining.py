@@ -21,8 +21,9 @@ from pathlib import Path
 from time import monotonic
 
 import torch
+from transformers import MistralConfig
 
-from sparsesurvey import benchmark, data, measure, mistral, parallel, speed, steptime, targets
+from sparsesurvey import benchmark, data, measure, mistral, parallel, speed, steptime, targets, trainer
 from sparsesurvey.benchmark import BrokenDevice
 from sparsesurvey.data import Language
 from sparsesurvey.deadline import OutOfTime, timed_out
@@ -32,7 +33,7 @@ from sparsesurvey.mlp import can_fuse
 from sparsesurvey.records import live_folder
 from sparsesurvey.recipe import Recipe
 from sparsesurvey.recipes import FST, SRSTE, SSTE, DenseLast, PruneAndGrow, RigL, Static
-from sparsesurvey.structure import PRODUCTS, Structure
+from sparsesurvey.structure import PRODUCTS, Structure, Unavailable
 from sparsesurvey.structures import NM, VNM, Block, Butterfly, Diagonal, TileWise, Transposable, Unstructured
 from sparsesurvey.train import Diverged, History, TrainConfig
 
@@ -44,6 +45,7 @@ CONFIG = TrainConfig(
 MUON = {"optimizer": "muon", "muon_lr": 0.02, "lr": 3e-3}
 REHEARSAL = replace(CONFIG, steps=4, batch=2, seq=16, warmup=1, eval_every=2, eval_batches=1, checkpoint_every=2, device="cpu",
                     precision="float32", chunk=16, compile=False)
+STEPS = "steps"  # what taking them apart is called where it fails
 DIVERGED = "diverged"  # the metric of a run that has no loss any more: the steps after which it was last validated
 WARM = 90  # seconds that a compiled run takes before its first step
 DISK = 2e8  # bytes a second of a checkpoint that is written
@@ -119,6 +121,28 @@ def timed(jobs: Sequence[Job]) -> list[Job]:
     return [dense, *dict.fromkeys([tall, both, apart, masked])]
 
 
+def wide(language: Language) -> MistralConfig:
+    """A model that is MLP above all, for what a CPU gains: 512 x 3072, two layers, 82 % of whose matrices are in the MLP."""
+    shape = mistral.config("5m", vocab=language.vocab)
+    shape.update({"hidden_size": 512, "intermediate_size": 3072, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 8,
+                  "head_dim": 64})
+    return shape
+
+
+def on_a_cpu(record: str = "", rounds: int = 9) -> list[measure.Measurement]:
+    """What training gains on one thread of a CPU, as rows of "speed": blocks in a wide model, and our loop beside the Trainer of
+    transformers, where its package accelerate is."""
+    language, config = data.stdlib(), TrainConfig(batch=4, seq=128)
+    job = lambda model, structure: Job(structure, 0, language, model, config, Static() if structure else Recipe(),
+                                       best_kernel(structure, Static(), "cpu"))
+    rows = steptime.step_times([job(wide(language), structure) for structure in (None, Block(64, 64, 0.1))], record, rounds)
+    try:
+        return [*rows, *trainer.against_trainer(job("1m", None), record, rounds)]
+    except Unavailable as why:
+        print(f"not here: the Trainer {why}")
+        return rows
+
+
 # ---- training them
 
 
@@ -153,7 +177,7 @@ class Pretraining:
                 write_diverged(job, seen[-1], self.record)
         except Exception as error:
             self.problems[named(job)] = f"{type(error).__name__}: {error}".splitlines()[0]
-            check_device(job)
+            check_device(job, named(job))
             if parallel.world()[1] > 1:
                 raise  # the other processes wait for this one
         else:
@@ -169,12 +193,12 @@ class Pretraining:
                 job.start()
                 able.append(job)
             except ValueError as error:
-                self.problems[f"steps of {named(job)}"] = str(error)
+                self.problems[f"{STEPS} of {named(job)}"] = str(error)
         try:
             steptime.step_times(able, self.record, **how)
         except Exception as error:
-            self.problems["steps"] = f"{type(error).__name__}: {error}".splitlines()[0]
-            check_device(jobs[0])
+            self.problems[STEPS] = f"{type(error).__name__}: {error}".splitlines()[0]
+            check_device(jobs[0], STEPS)
         forget()
 
 
@@ -235,12 +259,12 @@ def diverged(job: Job, folder: str) -> bool:
                for row in measure.live(CHAPTER, folder))
 
 
-def check_device(job: Job) -> None:
-    """BrokenDevice if the GPU takes no more work after a run's failure."""
+def check_device(job: Job, label: str) -> None:
+    """BrokenDevice if the GPU takes no more work after a failure."""
     try:
-        benchmark.check_alive(named(job), torch.device(job.config.device))
+        benchmark.check_alive(label, torch.device(job.config.device))
     except BrokenDevice as broken:
-        broken.label = named(job)
+        broken.label = label
         raise
 
 
@@ -258,10 +282,11 @@ def forget() -> None:
 def options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m sparsesurvey.pretraining", description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=9.0, help="when to stop (default 9)")
-    parser.add_argument("--device", default="cuda", help="cuda or cuda:0 (default cuda)")
+    parser.add_argument("--device", default="cuda", help="cuda or cuda:0 (default cuda); cpu: the two targets for a CPU, no more")
     parser.add_argument("--record", default="", help="folder of the rows; by default that of the live rows")
     parser.add_argument("--corpus", default="", help=f"folder with {', '.join(FILES)} (default ${CORPUS})")
     parser.add_argument("--only", default="", help="train the runs with this in their name, see --list")
+    parser.add_argument("--skip", action="append", default=[], help="leave out the run of this name, or \"steps\"; may be repeated")
     parser.add_argument("--list", action="store_true", help="say what there is to train, and what of it is recorded")
     parser.add_argument("--dry-run", action="store_true", help="a few steps of the 5M model on the CPU: does all of it run?")
     given = parser.parse_args(arguments)
@@ -278,17 +303,19 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     return given
 
 
-def jobs_of(device: str, corpus: str, rehearsal: bool) -> list[Job]:
-    """The campaign's runs, or those of its rehearsal: the 5M model on the bytes of the standard library."""
+def jobs_of(device: str, record: str, corpus: str = "", rehearsal: bool = False) -> list[Job]:
+    """The campaign's runs, or those of its rehearsal: the 5M model on the bytes of the standard library, with checkpoints
+    beside the rows."""
     if rehearsal:
+        os.environ.setdefault("SPARSESURVEY_RUNS", str(Path(record) / "runs"))
         return runs(data.stdlib(), "5m", REHEARSAL)
     return runs(wikipedia(corpus), "162m", replace(CONFIG, device=device))
 
 
-def work(made: Pretraining, jobs: Sequence[Job], only: str = "", rehearsal: bool = False) -> None:
-    """Take steps apart, then train, until the deadline."""
-    chosen = [job for job in jobs if only in named(job)]
-    if not only and parallel.world()[1] == 1:
+def work(made: Pretraining, jobs: Sequence[Job], only: str = "", skip: Sequence[str] = (), rehearsal: bool = False) -> None:
+    """Take steps apart, then train, until the deadline; without what is named in ``skip``, because it broke the device."""
+    chosen = [job for job in jobs if only in named(job) and named(job) not in skip]
+    if not only and STEPS not in skip and parallel.world()[1] == 1:
         made.take_apart(timed(jobs), **({"rounds": 3, "min_seconds": 1e-3} if rehearsal else {}))
     made.go_through(chosen)
 
@@ -307,10 +334,11 @@ def report(made: Pretraining, jobs: Sequence[Job]) -> None:
 def main(arguments: list[str] | None = None) -> None:
     start = monotonic()
     given = options(arguments)
-    if given.dry_run:
-        os.environ.setdefault("SPARSESURVEY_RUNS", str(Path(given.record) / "runs"))
+    if given.device == "cpu" and not given.dry_run:
+        print(targets.table(speed.verdicts(on_a_cpu(given.record))))
+        return
     device = parallel.start(given.device)
-    jobs = jobs_of(device, given.corpus, given.dry_run)
+    jobs = jobs_of(device, given.record, given.corpus, given.dry_run)
     if given.list:
         for job in jobs:
             print(f"{'recorded' if job.done(given.record) else 'open':9}{named(job)}")
@@ -318,10 +346,12 @@ def main(arguments: list[str] | None = None) -> None:
     made = Pretraining(given.record, start + 60 * given.minutes)
     try:
         with timed_out(made.left):
-            work(made, jobs, given.only, given.dry_run)
+            work(made, jobs, given.only, given.skip, given.dry_run)
     except OutOfTime:
         if parallel.first():
             print("The time is over; run the same command again to go on.", flush=True)
+    except BrokenDevice as broken:
+        print(f"{broken}; to go on without it: --skip {broken.label!r}", flush=True)
     except KeyboardInterrupt:
         print("Stopped; run the same command again to go on from the last checkpoint.", flush=True)
     if parallel.first():

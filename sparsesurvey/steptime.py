@@ -68,11 +68,16 @@ def _check(jobs: Sequence[Job]) -> None:
 
 @dataclass(frozen=True)
 class Book:
-    """Where the rows of one run's steps are kept."""
+    """Where the rows of one run's steps are kept; ``other`` names a loop that is not ours."""
 
     job: Job
     threads: int
     folder: str
+    other: str = ""
+
+    @property
+    def method(self) -> str:
+        return self.other or self.job.method
 
     @property
     def at(self) -> dict[str, str | int | bool]:
@@ -83,7 +88,7 @@ class Book:
 
     @property
     def source(self) -> str:
-        return f"{self.job.source},sparsesurvey.steptime"
+        return f"{self.job.source},sparsesurvey.{'trainer' if self.other else 'steptime'}"
 
     @property
     def code(self) -> str:
@@ -96,7 +101,7 @@ class Book:
     def rows(self) -> list[Measurement]:
         """What is recorded on this machine with this code: times, then the rest."""
         found = [row for row in measure.live(CHAPTER, self.folder) if row.metric in (TIME, GAIN, WORK, STORED)
-                 and (row.structure, row.method) == (self.job.name, self.job.method) and self.at.items() <= row.at.items()
+                 and (row.structure, row.method) == (self.job.name, self.method) and self.at.items() <= row.at.items()
                  and row.code == self.code and row.machine.slug == self.machine.slug]
         return sorted(found, key=lambda row: (row.metric != TIME, (STEP, *PARTS).index(row.at["part"])))
 
@@ -104,9 +109,13 @@ class Book:
     def complete(self) -> bool:
         return [row.at["part"] for row in self.rows() if row.metric == TIME] == [STEP, *PARTS]
 
-    def write(self, times: dict[str, Sequence[float]], gain: Timing, work: tuple[float, float]) -> None:
+    @property
+    def timed(self) -> bool:
+        return {TIME, GAIN} <= {row.metric for row in self.rows()}
+
+    def write(self, times: dict[str, Sequence[float]], gain: Timing, work: tuple[float, ...] = ()) -> None:
         add = lambda metric, unit, value, low, high, part: measure.record(Measurement.now(
-            metric, unit, value, low=min(low, value), high=max(high, value), structure=self.job.name, method=self.job.method,
+            metric, unit, value, low=min(low, value), high=max(high, value), structure=self.job.name, method=self.method,
             at={**self.at, "part": part}, source=self.source, machine=self.machine, code=self.code), CHAPTER, self.folder)
         for metric, value in zip((WORK, STORED), work):
             add(metric, "FLOP", value, value, value, STEP)
