@@ -13,13 +13,14 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,6 +45,7 @@ from sparsesurvey.structure import Pattern, Structure
 from sparsesurvey.train import ENERGY, FREE, NORM, TIME, History, TrainConfig, evaluate, train
 
 CHAPTER = "training"
+LOOK = 2.0  # seconds between two looks at the runs under way
 FUSED = " fused"  # behind the name of a kernel
 LOSS = "validation loss"
 UNITS = {TIME: "s", NORM: "1", ENERGY: "J", FLIPS: "1", DIVERGENCE: "1", EXPLORED: "1"}
@@ -70,6 +72,7 @@ class Job:
     config: TrainConfig
     recipe: Recipe
     kernel: str = "masked"
+    chapter: str = CHAPTER  # in whose record its rows are
     code: str = ""  # of ``source``, before anything runs
 
     def __post_init__(self) -> None:
@@ -156,6 +159,14 @@ class Job:
         part.write_text(json.dumps({"name": self.name, "method": self.method, "seed": self.seed, **asdict(history)}))
         part.replace(self.folder / "history.json")
 
+    def under_way(self) -> list[Measurement]:
+        """The validation losses that a run which is not finished has shown so far."""
+        try:
+            told = json.loads((self.folder / "history.json").read_text())
+        except FileNotFoundError:
+            return []
+        return [row for row in self.rows(History.told(told)) if row.metric == LOSS]
+
     def rows(self, history: History, beside: int = 1) -> Iterator[Measurement]:
         """What a run saw as rows: losses, also as bits per byte where tokens stand for bytes, and the rest of its trace.
 
@@ -183,12 +194,12 @@ class Job:
     def recorded(self, folder: str | Path | None) -> list[Measurement]:
         """The validation losses of this run on this machine that are in the record, by step."""
         slug = _slug(self.config.device)
-        return self._mine(row for row in live(CHAPTER, folder) if row.machine.slug == slug)
+        return self._mine(row for row in live(self.chapter, folder) if row.machine.slug == slug)
 
     def shipped(self) -> list[Measurement]:
         """The validation losses of this run that come with the package, of one machine that recorded all of them, or none."""
         found: dict[str, list[Measurement]] = {}
-        for row in self._mine(shipped(CHAPTER)):
+        for row in self._mine(shipped(self.chapter)):
             found.setdefault(row.machine.slug, []).append(row)
         return next((rows for rows in found.values() if len(rows) == len(self.evaluations)), [])
 
@@ -274,48 +285,78 @@ def runs_folder() -> Path:
 
 def loss_curves(structures: Iterable[Structure], seeds: Sequence[int] = (0, 1, 2), language: Language | None = None,
                 model: str = "markov", config: TrainConfig = TrainConfig(), recipe: Recipe = Static(), record: str = "",
-                workers: int | None = None, progress: bool = True, reuse: bool = False, kernel: str = "masked") -> list[Measurement]:
+                kernel: str = "masked", chapter: str = CHAPTER, **how: Any) -> list[Measurement]:
     """Validation loss against steps of every structure and seed: rows, trained now unless they are in the record.
 
     All structures of a seed start from the same dense weights and see the same batches and validation windows, so
-    their losses compare in pairs. Runs go side by side in processes of one thread each: on a small model that is
-    worth more than threads. In a script, call this under ``if __name__ == "__main__"``.
+    their losses compare in pairs.
 
     Args:
         language: what is learnt, ``markov()`` by default.
         record: the folder that rows are looked for in and added to; empty for the live one.
-        workers: processes; by default a core each, at most 8. One, or a GPU, trains in this process.
-        reuse: be content with the rows of a run that come with the package, whichever machine they are of.
+        how: see ``train_all``.
 
     Raises:
         ValueError: no structure or seed, a model that a structure does not divide, a structure that cannot be trained.
         Diverged: a run whose loss is no number.
     """
     language = markov() if language is None else language
-    jobs = [Job(structure, seed, language, model, config, recipe, kernel) for structure in structures for seed in seeds]
+    return train_all([Job(structure, seed, language, model, config, recipe, kernel, chapter)
+                      for structure in structures for seed in seeds], record, **how)
+
+
+def recipe_curves(pairs: Iterable[tuple[Structure, Recipe]], seeds: Sequence[int] = (0, 1, 2), language: Language | None = None,
+                  model: str = "markov", config: TrainConfig = TrainConfig(), record: str = "", chapter: str = "recipes",
+                  **how: Any) -> list[Measurement]:
+    """As ``loss_curves``, of structures each with a recipe of its own."""
+    language = markov() if language is None else language
+    return train_all([Job(structure, seed, language, model, config, recipe, chapter=chapter)
+                      for structure, recipe in pairs for seed in seeds], record, **how)
+
+
+def train_all(jobs: Sequence[Job], record: str = "", workers: int | None = None, progress: bool = True, reuse: bool = False,
+              watch: Callable[[list[Measurement]], None] | None = None) -> list[Measurement]:
+    """The validation losses of all jobs, trained now unless they are in the record.
+
+    Runs go side by side in processes of one thread each: on a small model that is worth more than threads. In a script,
+    call this under ``if __name__ == "__main__"``.
+
+    Args:
+        workers: processes; by default a core each, at most 8. One, or a GPU, trains in this process.
+        reuse: be content with the rows of a run that come with the package, whichever machine they are of.
+        watch: is handed the rows so far, of finished runs and of those under way, every few seconds; see ``watching``.
+    """
     if not jobs:
         raise ValueError("structures and seeds must not be empty")
     held = {job: job.shipped() for job in jobs if reuse and not job.done(record)}
     todo = [job for job in jobs if not job.done(record) and not held.get(job)]
-    for job in {job.structure: job for job in todo}.values():
+    for job in {(job.structure, job.recipe): job for job in todo}.values():
         job.start()  # a structure that does not divide the model is an error now, not after minutes
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(8, cores, len(todo)) if workers is None else workers
-    if workers <= 1 or config.device != "cpu":
+    so_far = lambda: [row for job in jobs for row in held.get(job) or job.recorded(record) or job.under_way()]
+    tell = (lambda: watch(so_far())) if watch else lambda: None
+    if workers <= 1 or jobs[0].config.device != "cpu":
         for job in tqdm(todo, desc="runs", disable=not progress or not todo):
-            run(job, record)
+            run(job, record, watch=lambda history: tell())
     else:
-        _side_by_side(todo, record, workers, progress)
+        _side_by_side(todo, record, workers, progress, tell)
+    tell()
     return [row for job in jobs for row in held.get(job) or job.recorded(record)]
 
 
-def _side_by_side(jobs: list[Job], folder: str, workers: int, progress: bool) -> None:
+def _side_by_side(jobs: list[Job], folder: str, workers: int, progress: bool, tell: Callable[[], None]) -> None:
     """Train in processes. They are spawned: a forked torch with threads may hang."""
     with ProcessPoolExecutor(workers, get_context("spawn"), _begin_process) as pool:
         try:
-            waiting = [pool.submit(run, job, folder, workers) for job in jobs]
-            for done in tqdm(as_completed(waiting), total=len(jobs), desc="runs", unit="run", disable=not progress):
-                done.result()
+            waiting = {pool.submit(run, job, folder, workers) for job in jobs}
+            with tqdm(total=len(jobs), desc="runs", unit="run", disable=not progress) as bar:
+                while waiting:
+                    done, waiting = wait(waiting, LOOK, FIRST_COMPLETED)
+                    for run_ in done:
+                        run_.result()
+                    bar.update(len(done))
+                    tell()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -353,7 +394,7 @@ def run(job: Job, folder: str | Path | None = None, beside: int = 1, progress: b
             parallel.wait()  # none looks for a checkpoint before the first one has the run for itself
             history = train(job.start(), job.language, job.settings, job.folder, progress=progress, watch=seen)
             for row in job.rows(history, beside) if parallel.first() else ():
-                write_row(row, CHAPTER, folder)
+                write_row(row, job.chapter, folder)
             parallel.wait()
     finally:
         torch.set_num_threads(threads)

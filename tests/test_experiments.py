@@ -15,14 +15,16 @@ import torch
 from sparsesurvey import experiments
 from sparsesurvey.checkpoint import load
 from sparsesurvey.data import Language, markov
-from sparsesurvey.experiments import Job, loss_curves, pruned_loss, trained
+from sparsesurvey.experiments import Job, loss_curves, pruned_loss, recipe_curves, trained
 from sparsesurvey.linear import sparse_layers
 from sparsesurvey.measure import live
 from sparsesurvey.pruning import prune
-from sparsesurvey.recipes import Static
+from sparsesurvey.recipes import STE, Recipe, Static
 from sparsesurvey.scores import magnitude
 from sparsesurvey.structures import NM, Block, Dense
+from sparsesurvey.tables import called
 from sparsesurvey.train import Diverged, TrainConfig
+from sparsesurvey.watching import Falling
 
 CONFIG = TrainConfig(steps=6, batch=4, seq=16, warmup=2, eval_every=3, eval_batches=2, checkpoint_every=3)
 
@@ -55,6 +57,31 @@ def test_rows_of_a_curve(language):
     assert {row.key for row in live("training") if row.metric == "validation loss"} == {row.key for row in rows}
     assert {metric: row.unit for metric, row in beside.items()} == {"training time": "s", "gradient norm": "1"}
     assert beside["training time"].at["beside"] == 1 and "beside" not in beside["gradient norm"].at
+
+
+def test_rows_of_recipes_have_a_record_of_their_own(language):
+    pairs = [(Dense(), Recipe()), (NM(2, 4), Static()), (NM(2, 4), STE(every=2))]
+    seen = []
+    rows = recipe_curves(pairs, (0,), language, config=CONFIG, workers=1, progress=False, watch=lambda rows: seen.append(len(rows)))
+    assert [called(row) for row in rows[::3]] == ["dense", "2:4", f"2:4, {STE(every=2)}"]
+    assert seen == sorted(seen) and seen[-1] == len(rows) == 9 and len(seen) == 7  # two looks at each run, one at the end
+    assert not live("training")
+    assert {"flip rate", "mask divergence", "explored share"} <= {row.metric for row in live("recipes") if row.method.startswith("ste")}
+    assert not any(row.metric == "flip rate" for row in live("recipes") if row.method == "static")
+
+
+def test_falling_curves_are_one_figure(language, monkeypatch):
+    shown = []
+
+    class Handle:
+        def update(self, figure):
+            shown.append(("again", figure))
+
+    monkeypatch.setattr("sparsesurvey.watching.display", lambda figure, display_id: shown.append(("new", figure)) or Handle())
+    falling = Falling(language.entropy)
+    loss_curves([Dense()], (0, 1), language, config=CONFIG, workers=1, progress=False, watch=falling)
+    assert [what for what, _ in shown] == ["new", "again", "again", "again"]
+    assert shown[-1][1].axes[0].get_ylabel() == "validation loss, nats/token"
 
 
 def test_what_is_recorded_is_not_trained_again(language, folders, monkeypatch):
