@@ -12,7 +12,7 @@ from sparsesurvey.mistral import build
 from sparsesurvey.optim import AdamW
 from sparsesurvey.recipe import Recipe
 from sparsesurvey.recipes import (
-    FST, SRSTE, SSTE, STE, STEP, DenseLast, Gradual, Inheritance, MaskDecay, SLoPe, Static, StructureDecay,
+    FST, PADST, SRSTE, SSTE, STE, STEP, DenseLast, Gradual, Inheritance, MaskDecay, SLoPe, Static, StructureDecay,
 )
 from sparsesurvey.recipes.s_ste import soft_threshold
 from sparsesurvey.scores import magnitude
@@ -431,6 +431,7 @@ def test_step_freezes_the_moment_in_training():
     (lambda: DenseLast(sparse=2), "sparse must be a number from 0 to 1, got 2"),
     (lambda: DenseLast(DenseLast()), "recipe must be a recipe that does not end dense, got DenseLast"),
     (lambda: DenseLast("sr-ste"), "recipe must be a recipe that does not end dense, got 'sr-ste'"),
+    (lambda: DenseLast(PADST()), "recipe must leave the order of x alone, .* got pa-dst"),
     (lambda: Gradual(after=0.8, until=0.5), "after must be at most until, 0.5, got 0.8"),
     (lambda: STEP(window=0), "window must be an integer of at least 1, got 0"),
     (lambda: STEP(earliest=0.5, latest=0.2), "latest must be a number from 0.5 to 1, got 0.2"),

@@ -43,6 +43,8 @@ class DenseLast(Recipe):
     def __post_init__(self) -> None:
         if not isinstance(self.recipe, Recipe) or isinstance(self.recipe, DenseLast):
             raise ValueError(f"recipe must be a recipe that does not end dense, got {self.recipe!r}")
+        if type(self.recipe).inputs is not Recipe.inputs and getattr(self.recipe, "plain", True):
+            raise ValueError(f"recipe must leave the order of x alone, whose dense layer is not W, got {self.recipe}")
         check_number("sparse", self.sparse, 0, 1)
         if not self.sparse:
             raise ValueError("sparse must be a share of the steps above 0; without a sparse phase take Recipe()")
@@ -111,8 +113,10 @@ class DenseLast(Recipe):
 
     def dense(self, layer: SparseLinear) -> Tensor:
         """With what the recipe adds beside the product."""
-        whole = self.recipe.dense(layer)
-        return torch.where(layer.is_dense, layer.weight + (whole - self.recipe.forward_weight(layer)), whole)
+        whole, alone = self.recipe.dense(layer), layer.weight
+        if type(self.recipe).beside is not Recipe.beside:
+            alone = alone + (whole - self.recipe.forward_weight(layer))
+        return torch.where(layer.is_dense, alone, whole)
 
     def freezes_variance(self, layer: SparseLinear) -> bool:
         return self.recipe.freezes_variance(layer)
