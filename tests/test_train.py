@@ -21,7 +21,7 @@ from sparsesurvey.packed import pack_layers
 from sparsesurvey.recipes import Recipe, Static
 from sparsesurvey.structure import PRODUCTS, Pattern
 from sparsesurvey.structures import NM, VNM, Block, Unstructured, all_structures
-from sparsesurvey.train import Diverged, TrainConfig, evaluate, train
+from sparsesurvey.train import Diverged, TrainConfig, evaluate, loss_of, train
 
 SHORT = TrainConfig(steps=12, batch=4, seq=16, warmup=2, eval_every=6, eval_batches=2, checkpoint_every=5)
 STRUCTURES = [variant for kind in all_structures().values() for variant in kind.variants()
@@ -181,6 +181,31 @@ def test_resumed_run_equals_an_uninterrupted_one(language, tmp_path, monkeypatch
     assert same(again, whole)
     assert (history.train, history.valid) == (expected.train, expected.valid)
     assert history.seconds > 0
+
+
+def test_a_checkpoint_is_never_older_than_it_may_be(language, tmp_path, monkeypatch):
+    """However rare the steps after which one is due: so a killed run loses at most a minute."""
+    assert TrainConfig().checkpoint_seconds <= 60
+    saved = []
+    monkeypatch.setattr("sparsesurvey.train._Run.save", lambda run: saved.append(run.step))
+    train(model(), language, replace(SHORT, checkpoint_every=1000, checkpoint_seconds=1e-9), tmp_path, progress=False)
+    assert saved == list(range(1, 13))
+
+
+def test_a_packed_run_keeps_nothing_dense(language):
+    """Weights, gradients and what the optimizer remembers, in bytes: those of the stored values and of the rest of the model."""
+    def held(made):
+        [adamw] = optimizers(made, SHORT)
+        x, y = (part[:4] for part in windows(language.valid, 4, 16))
+        loss_of(made, x, y).backward()
+        adamw.step()
+        state = sum(value.nbytes for p in made.parameters() for name, value in adamw.state[p].items() if value.dim())
+        return sum(p.nbytes + p.grad.nbytes for p in made.parameters()) + state
+
+    structure = Block(8, 8, 0.125)
+    whole, packed = held(build("markov")), held(model(structure, kernel="gather"))
+    mlp = 2 * 3 * 192 * 64 * 4 * 4  # two layers, three matrices, float32, of each number: itself, its gradient, two moments
+    assert whole - packed == mlp - mlp // 8
 
 
 SCRIPT = """
