@@ -143,7 +143,7 @@ def test_structures_reach_the_kernel(small, monkeypatch):
 
 
 @pytest.mark.parametrize("lanes, warps, rows, features, architecture", [
-    (8, 16, 8, 0, "sm_90a"), (1, 4, 1, 0, "sm_90a"), (8, 16, 8, 0, "sm_80"), (8, 16, 8, 1, "sm_100a"),
+    (8, 16, 8, 0, "sm_90a"), (1, 4, 1, 0, "sm_80"), (8, 16, 8, 1, "sm_100a"),
 ])
 def test_machine_code(lanes, warps, rows, features, architecture):
     """Four weights a load and 8 tokens a load, nothing spilt, activations fetched in the background by 16 bytes."""
