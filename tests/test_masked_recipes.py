@@ -1,6 +1,6 @@
 """Recipes whose mask follows the weight, by cases that can be verified by hand and by the numbers that are known."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import exp, inf
 
 import pytest
@@ -16,7 +16,7 @@ from sparsesurvey.recipes import (
 )
 from sparsesurvey.recipes.s_ste import soft_threshold
 from sparsesurvey.scores import magnitude
-from sparsesurvey.structures import NM, Block, Diagonal, Transposable, Unstructured
+from sparsesurvey.structures import NM, TVW, Block, Diagonal, Transposable, Unstructured
 from sparsesurvey.train import TrainConfig, train
 
 ROW = torch.tensor([[3.0, -1.0, 2.0, 0.5]])
@@ -308,7 +308,7 @@ def test_dense_last_never_without_a_dense_phase():
     assert made.dense().tolist() == [[3, 0, 2, 0]] and made.density == 0.5
 
 
-@pytest.mark.parametrize("recipe", [DenseLast(SLoPe(lazy=0.5), 0.7), DenseLast(Static(scale_lr=True)), DenseLast(SSTE())], ids=str)
+@pytest.mark.parametrize("recipe", [DenseLast(inner, 0.7) for inner in (SLoPe(lazy=0.5), Static(scale_lr=True), SSTE())], ids=str)
 def test_dense_last_of_others(recipe):
     """Adapters live on in the dense phase; sparse pre-training with dense fine-tuning regrows what was zero."""
     trained = sparsify(build("markov"), NM(2, 4), recipe)
@@ -447,6 +447,7 @@ def test_bad_constants(make, message):
     (StructureDecay(), Transposable(2, 4), "recipe structure decay stepwise needs n:m along the inputs, .*, got transposable"),
     (StructureDecay("geometric"), NM(1, 64), "recipe structure decay geometric needs groups of at most 32, .*, got 1:64"),
     (DenseLast(SSTE()), Block(1, 4, 0.5), "recipe s-ste needs n:m along the inputs"),
+    (Gradual(), TVW(16, 0.25), "recipe gradual needs a structure with a density to set, up to 1, .*, got TW 16 25% 2:4"),
     (Gradual(), NM(2, 4), "recipe gradual needs a structure with a density to set, .*, got 2:4"),
 ])
 def test_what_cannot_be_served(recipe, structure, message):
@@ -457,7 +458,7 @@ def test_what_cannot_be_served(recipe, structure, message):
 def test_constants_are_in_the_name():
     assert [str(recipe) for recipe in (
         STE(every=10, freeze=1.0), SRSTE(decay=6e-5), SSTE(exact=True), MaskDecay("exponential", warmup=0.0),
-        StructureDecay("geometric", 2e-4), Inheritance(), DenseLast(SRSTE(), 0.5), Gradual(100), STEP(), replace(STEP(), decay=2e-4),
+        StructureDecay("geometric", 2e-4), Inheritance(), DenseLast(SRSTE(), 0.5), Gradual(100), STEP(), STEP(decay=2e-4),
     )] == ["ste, every 10, freeze 1", "sr-ste, decay 6e-05", "s-ste, exact mvue", "mask decay exponential, warmup 0",
-           "structure decay geometric, decay 0.0002", "inheritance", "sr-ste, dense last after 50%", "gradual, every 100", "step",
-           "step, decay 0.0002"]
+           "structure decay geometric, decay 0.0002", "inheritance", "sr-ste, dense last after 50%", "gradual, every 100",
+           "step", "step, decay 0.0002"]

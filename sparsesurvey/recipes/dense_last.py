@@ -36,8 +36,8 @@ class DenseLast(Recipe):
 
     ends: ClassVar[str] = "dense"
     table: ClassVar[dict[str, str]] = {
-        "forward": "the recipe's, then W", "input gradient": "the recipe's, then W", "output gradient": "the recipe's, then dy",
-        "edit": "the recipe's, then dW", "mask": "the recipe's, then 1",
+        "forward": "the recipe's, then W", "input gradient": "the recipe's, then W",
+        "output gradient": "the recipe's, then dy", "edit": "the recipe's, then dW", "mask": "the recipe's, then 1",
     }
 
     def __post_init__(self) -> None:

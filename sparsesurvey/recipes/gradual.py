@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class Gradual(Recipe):
     """F(W) = W * m, dW * m; m is what the structure, at the density of the time, keeps of ``|W|``.
 
-    For every structure with a density to set. For n:m, whose density is a ratio of small numbers, ``StructureDecay`` is
+    For every structure with a density to set, up to 1. For n:m, whose density is a ratio of small numbers, ``StructureDecay`` is
     the same idea.
 
     Args:
@@ -60,8 +60,8 @@ class Gradual(Recipe):
         return f"gradual{changed(self)}"
 
     def check(self, structure: Pattern) -> None:
-        if "density" not in {field.name for field in fields(structure)}:
-            raise ValueError(f"recipe {self} needs a structure with a density to set, such as Unstructured(0.1) or "
+        if not can_be_dense(structure):
+            raise ValueError(f"recipe {self} needs a structure with a density to set, up to 1, such as Unstructured(0.1) or "
                              f"Block(32, 32, 0.1), got {structure}")
 
     def forward_weight(self, layer: SparseLinear) -> Tensor:
@@ -78,6 +78,17 @@ class Gradual(Recipe):
             density = density_at(layer.structure.density, (step - first) / (last - first))
             layer.mask.copy_(replace(layer.structure, density=density).select(layer.weight.abs()))
         layer.weight.mul_(layer.mask)
+
+
+def can_be_dense(structure: Pattern) -> bool:
+    """Has the structure a density that may be anything from its own up to 1?"""
+    if "density" not in {field.name for field in fields(structure)}:
+        return False
+    try:
+        replace(structure, density=1.0)
+    except ValueError:
+        return False
+    return True
 
 
 def density_at(final: float, done: float) -> float:
