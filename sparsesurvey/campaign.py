@@ -173,7 +173,7 @@ class Campaign:
                 if self.left < SHORT:
                     raise OutOfTime
                 bar.set_postfix_str(f"{max(0, self.left):.0f} s left, {case}", refresh=False)
-                count = 3 if case.product == "mlp" else len(kernels(case, self.skip))
+                count = 4 if case.product == "mlp" else len(kernels(case, self.skip))
                 if not count or str(case) in self.skip:
                     continue
                 if self.pace.expected(case, count) < self.left:

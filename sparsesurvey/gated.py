@@ -19,6 +19,7 @@ from sparsesurvey.scores import magnitude
 from sparsesurvey.structure import Pattern, Plan, Shape, check_int
 
 FUSED = "swiglu_"  # methods of a structure that fuse gate, up and the activation
+WHOLE = "mlp_"  # and those that fuse down as well
 DENSE = "dense "  # before the name of a kernel at density 1
 
 
@@ -27,8 +28,9 @@ def mlp(structure: Pattern, shape: Shape, tokens: int, chapter: str, *, full: Pa
     """Time the MLP with gate and up ``[out, in]`` of ``shape`` and down ``[in, out]``, all of ``structure``.
 
     For every fused kernel ``swiglu_<name>`` of the structure: "<name>", fused; "<name> unfused", three products and the
-    activation apart; and with ``full``, the structure at density 1, "dense <name>". Baseline "dense" is torch's: one product
-    for gate and up, the activation, one for down. Rows as those of ``benchmark.products`` with product "mlp". ``how`` are
+    activation apart; "<name> whole", where a method ``mlp_<name>`` makes all of it one kernel; and with ``full``, the
+    structure at density 1, "dense <name>", fused. Baseline "dense" is torch's: one product for gate and up, the activation,
+    one for down. Rows as those of ``benchmark.products`` with product "mlp". ``how`` are
     fields of ``benchmark.How``; ValueError where the structure has no fused kernel.
     """
     names = [name.removeprefix(FUSED) for name in dir(type(structure)) if name.startswith(FUSED)]
@@ -46,6 +48,8 @@ def mlp(structure: Pattern, shape: Shape, tokens: int, chapter: str, *, full: Pa
         for name in names:
             makers[name] = lambda name=name: case.fused(structure, name)
             makers[f"{name} unfused"] = lambda name=name: case.apart(name)
+            if hasattr(structure, WHOLE + name):
+                makers[f"{name} whole"] = lambda name=name: getattr(structure, WHOLE + name)(*case.packed)
             if full:
                 makers[DENSE + name] = lambda name=name: case.fused(full, name)
         return book.fill(case, makers, timing, where)
@@ -76,6 +80,10 @@ class _MLP:
         mask = structure.mask(magnitude(gate) + magnitude(up))
         return gate * mask, up * mask, down * structure.mask(magnitude(down))
 
+    @property
+    def packed(self) -> tuple[Any, ...]:
+        return tuple(map(self.structure.pack, self.weights(self.structure)))
+
     @cached_property
     def dense(self) -> Plan:
         _, gate, up, down = self.operands
@@ -95,7 +103,7 @@ class _MLP:
 
     def apart(self, name: str) -> Plan:
         structure = self.structure
-        gate, up, down = (structure.kernels()[name](structure.pack(weight)) for weight in self.weights(structure))
+        gate, up, down = (structure.kernels()[name](weight) for weight in self.packed)
         return lambda x: down(silu(gate(x)) * up(x))
 
     def error(self, name: str, plan: Plan) -> float:

@@ -44,6 +44,8 @@ for block, dtype in ((Block(128, 128, 0.4), torch.bfloat16), (Block(256, 16, 0.5
     weight, x, dy = block.unpack(packed).double(), draw(300, shape[1]), draw(300, shape[0])
     right = {"spmm": x.double() @ weight.T, "spmmt": dy.double() @ weight,
              "sddmm": block.sddmm_reference(block.pack(weight))(dy.double(), x.double())}
+    one = block.spmm_triton(packed)(x[:1].T.contiguous().T)  # a single row, whose stride is 1
+    assert torch.equal(one, block.spmm_triton(packed)(x[:1]))
     for product, inputs in (("spmm", (x,)), ("spmmt", (dy,)), ("sddmm", (dy, x))):
         error = block.kernels(product)["triton"](packed)(*inputs).double() - right[product]
         assert error.abs().max() < 4 * torch.finfo(dtype).eps * right[product].abs().max(), (block, product, error.abs().max())

@@ -190,8 +190,11 @@ def require_blocks(values: Tensor, shape: tuple[int, int]) -> None:
 
 
 def operand(matrix: Tensor, tma: bool) -> TensorDescriptor | Tensor:
-    """A descriptor of a contiguous matrix, whose tile is set before the launch; the matrix itself without TMA."""
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [1, 1]) if tma else matrix
+    """A descriptor of a contiguous matrix, whose tile is set before the launch; the matrix itself without TMA.
+
+    The stride is the width, whatever the matrix says: that of a single row means nothing, and may be no multiple of 16 bytes.
+    """
+    return TensorDescriptor(matrix, list(matrix.shape), [matrix.shape[1], 1], [1, 1]) if tma else matrix
 
 
 def has_tma(values: Tensor) -> bool:

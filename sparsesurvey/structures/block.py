@@ -187,8 +187,7 @@ class Block(Pattern):
         self.places(packed)
         return self.panels(packed), self.grid(packed.shape), packed.values
 
-    # On a GPU each stored block is a tile of tensor-core products, in Triton (kernels/block.py). Blocks too narrow for that
-    # are gathered there too (kernels/panel.py).
+    # On a GPU a block is a tile of tensor-core products (kernels/block.py), or gathered where it is too narrow (kernels/panel.py).
 
     @property
     def gathered(self) -> bool:
@@ -197,16 +196,12 @@ class Block(Pattern):
     def spmm_triton(self, packed: PackedBSR) -> Plan:
         if self.gathered:
             return panel_code().gather_plan(*self.outlines(packed))
-        device_code, (rows, columns), grid = self.device_code(packed), self.places(packed), self.grid(packed.shape)
-        sizes = (grid[0], self.rows), (grid[1], self.cols)
-        return device_code.product_plan("x", device_code.arrange(packed.values, rows, columns, *sizes, transposed=False))
+        return self.device_code(packed).product_plan("x", self.arranged(packed, transposed=False))
 
     def spmmt_triton(self, packed: PackedBSR) -> Plan:
         if self.gathered:
             return panel_code().spread_plan(*self.outlines(packed))
-        device_code, (rows, columns), grid = self.device_code(packed), self.places(packed), self.grid(packed.shape)
-        sizes = (grid[1], self.cols), (grid[0], self.rows)
-        return device_code.product_plan("dy", device_code.arrange(packed.values, columns, rows, *sizes, transposed=True))
+        return self.device_code(packed).product_plan("dy", self.arranged(packed, transposed=True))
 
     def sddmm_triton(self, packed: PackedBSR) -> Plan:
         if self.gathered:
@@ -226,20 +221,28 @@ class Block(Pattern):
 
     def both_sddmm_triton(self, gate: PackedBSR, up: PackedBSR) -> Plan:
         """Plan of ``dgate, dup = run(dg, du, x)``, the gradients of the values of two weights with the same blocks."""
-        code, *_ = self.both(gate, up, transposed=False)
-        return code.weight_gradient_plan(gate.values, *self.places(gate), self.grid(gate.shape))
+        return self.both(gate, up, transposed=False)[0].weight_gradient_plan(gate.values, *self.places(gate), self.grid(gate.shape))
+
+    def mlp_triton(self, gate: PackedBSR, up: PackedBSR, down: PackedBSR) -> Plan:
+        """Plan of ``y = (silu(x @ gate.T) * (x @ up.T)) @ down.T`` in one kernel, for at most 768 outputs (kernels/whole.py)."""
+        _, *sides = self.both(gate, up, transposed=False)
+        from sparsesurvey.kernels import whole
+        return whole.whole_plan(*sides, self.arranged(down, transposed=False))
 
     def both(self, gate: PackedBSR, up: PackedBSR, transposed: bool) -> tuple[Any, ...]:
         """The module kernels/swiglu.py and both weights arranged for it; ValueError if their blocks differ."""
-        device_code, (rows, columns) = self.device_code(gate), self.places(gate)
+        self.device_code(gate)
         if not (up.columns.equal(gate.columns) and up.row_pointers.equal(gate.row_pointers) and up.shape == gate.shape):
             raise ValueError("up must have the blocks of gate, got other places: choose one mask for both")
         from sparsesurvey.kernels import swiglu
+        return swiglu, self.arranged(gate, transposed), self.arranged(up, transposed)
 
-        (down, across), sides = self.grid(gate.shape), [rows, columns]
-        sizes = [(down, self.rows), (across, self.cols)]
-        order = slice(None, None, -1 if transposed else 1)
-        return swiglu, *(device_code.arrange(part.values, *sides[order], *sizes[order], transposed) for part in (gate, up))
+    def arranged(self, packed: PackedBSR, transposed: bool) -> Any:
+        """One direction of the operand for the Triton kernels, a ``kernels.block.Sparse``."""
+        device_code, (rows, columns), (down, across) = self.device_code(packed), self.places(packed), self.grid(packed.shape)
+        sides = [(rows, (down, self.rows)), (columns, (across, self.cols))]
+        (targets, target), (sources, source) = reversed(sides) if transposed else sides
+        return device_code.arrange(packed.values, targets, sources, target, source, transposed)
 
     def lasting(self, kernel: str) -> bool:
         """Do this kernel's plans read the values where these are? Then they stay right while the values are trained."""
