@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 class Gradual(Recipe):
     """F(W) = W * m, dW * m; m is what the structure, at the density of the time, keeps of ``|W|``.
 
-    For every structure with a density to set, up to 1. For n:m, whose density is a ratio of small numbers, ``StructureDecay`` is
-    the same idea.
+    For every structure with a density to set, up to 1. For n:m, whose density is a ratio of small numbers,
+    ``StructureDecay`` is the same idea.
 
     Args:
         every: steps between two prunings. after, until: shares of the steps at which pruning begins and ends.
