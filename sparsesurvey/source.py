@@ -18,6 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
+CUDA = re.compile(r'"([\w-]+\.cuh?)"')
 SOURCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(,[A-Za-z_]\w*(\.[A-Za-z_]\w*)*)*")
 
 
@@ -28,7 +29,8 @@ def code_of(source: str, package: Path = PACKAGE, device: str = "cpu") -> str:
     True
 
     ``package`` is the folder of the package whose imports are followed. What was measured on a CPU never ran the GPU's
-    code (``kernels``), which then does not count. ValueError names a module that has no file.
+    code (``kernels``), which then does not count; of a GPU's kernels the CUDA sources that a module names count as they
+    are. ValueError names a module that has no file.
     """
     if not isinstance(source, str) or not SOURCE.fullmatch(source):
         raise ValueError(f"source must be dotted modules, comma separated and without spaces, got {source!r}")
@@ -40,11 +42,20 @@ def code_of(source: str, package: Path = PACKAGE, device: str = "cpu") -> str:
             path = _file(module, package)
             stat = path.stat()
             texts[module], imports = _read(path, module, package, stat.st_mtime_ns, stat.st_size)
+            if module.startswith(f"{package.name}.kernels"):
+                texts |= {f"{module} {name}": text for name, text in _device_code(path.parent, texts[module])}
             waiting += [name for name in imports if device != "cpu" or not name.startswith(f"{package.name}.kernels")]
     digest = hashlib.sha256()
     for module in sorted(texts):
         digest.update(f"{module}\n{texts[module]}\n".encode())
     return digest.hexdigest()[:12]
+
+
+def _device_code(folder: Path, text: str) -> Iterator[tuple[str, str]]:
+    """Name and content of the CUDA sources beside a module that its code names."""
+    for name in sorted(set(CUDA.findall(text))):
+        if (folder / name).is_file():
+            yield name, (folder / name).read_text(encoding="utf-8")
 
 
 def code_text(text: str) -> str:

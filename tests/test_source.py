@@ -160,3 +160,18 @@ def test_every_python_finds_the_same_code(version):
     if done.returncode and f"{version}" in done.stderr and "not found" in done.stderr:
         pytest.skip(f"python{version} is only a name here")
     assert done.stdout.strip() == code_of(modules), done.stderr
+
+
+def test_cuda_sources_that_a_kernel_names_count(package):
+    (package / "kernels").mkdir()
+    (package / "kernels" / "__init__.py").write_text("")
+    (package / "kernels" / "c.py").write_text('FILE = "c.cu"\n')
+    (package / "kernels" / "c.cu").write_text("int one;\n")
+    (package / "kernels" / "other.cu").write_text("int one;\n")
+    (package / "structures" / "c.py").write_text("def spmm_cuda():\n    from sparsesurvey.kernels import c\n    return c.FILE\n")
+    gpu, cpu = (code_of("sparsesurvey.structures.c", package, device) for device in ("cuda:0", "cpu"))
+    edit(package / "kernels" / "other.cu", "int two;\n")
+    assert code_of("sparsesurvey.structures.c", package, "cuda:0") == gpu
+    edit(package / "kernels" / "c.cu", "int two;\n")
+    assert code_of("sparsesurvey.structures.c", package, "cuda:0") != gpu
+    assert code_of("sparsesurvey.structures.c", package, "cpu") == cpu
