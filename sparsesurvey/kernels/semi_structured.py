@@ -7,7 +7,7 @@ are CUTLASS's, which stores them in another order.
 import torch
 from torch import Tensor
 
-from sparsesurvey.structure import Plan, Unavailable, check_activations
+from sparsesurvey.structure import Plan, Unavailable, check_activations, check_pair
 
 DTYPES = (torch.bfloat16, torch.float16)
 EIGHT = 8  # tokens; what is missing to a multiple is filled up with zeros
@@ -36,26 +36,72 @@ def cusparselt_plan(weight: Tensor, searched: bool) -> Plan:
 
     Searched: the first run with so many tokens tries every algorithm and split of the sum, as the library's own search does.
     """
-    require(weight, tuple(weight.shape), (16, 16))
-    if not torch.backends.cusparselt.is_available():
-        raise Unavailable("needs a torch that was built with cuSPARSELt")
-    try:
-        compressed = torch._cslt_compress(weight.detach().contiguous())
-    except RuntimeError as error:
-        raise Unavailable(f"needs a cuSPARSELt that takes this weight: {str(error).splitlines()[0]}") from None
-    out, best = weight.shape[0], {}
+    require_cusparselt(weight, tuple(weight.shape))
+    compressed = compress(weight.detach().contiguous())
+    best: dict[int, dict[str, int]] = {}
 
     def run(x: Tensor) -> Tensor:
-        tokens = len(check_activations("x", x, weight.shape[1], weight))
-        if not tokens:
-            return x.new_empty(0, out)
+        check_activations("x", x, weight.shape[1], weight)
         with torch.cuda.device_of(x):
-            dense = eights(x.detach()).T
-            if searched and dense.shape[1] not in best:
-                found = torch._C._cusparselt.mm_search(compressed, dense, None, None, None, True)
-                best[dense.shape[1]] = dict(zip(("alg_id", "split_k", "split_k_mode"), map(int, found)))
-            chosen = best.get(dense.shape[1], {})
-            return torch._cslt_sparse_mm(compressed, dense, transpose_result=True, **chosen)[:tokens]
+            return sparse_product(compressed, x, weight.shape[0], best if searched else None)
+
+    return run
+
+
+def require_cusparselt(values: Tensor, shape: tuple[int, int]) -> None:
+    require(values, shape, (16, 16))
+    if not torch.backends.cusparselt.is_available():
+        raise Unavailable("needs a torch that was built with cuSPARSELt")
+
+
+def compress(weight: Tensor) -> Tensor:
+    try:
+        return torch._cslt_compress(weight)
+    except RuntimeError as error:
+        raise Unavailable(f"needs a cuSPARSELt that takes this weight: {str(error).splitlines()[0]}") from None
+
+
+def sparse_product(compressed: Tensor, x: Tensor, out: int, best: dict[int, dict[str, int]] | None) -> Tensor:
+    """``x @ W.T``; ``best`` keeps the algorithm that was found for a number of tokens, None is for the library's own choice."""
+    tokens = len(x)
+    if not tokens:
+        return x.new_empty(0, out)
+    dense = eights(x.detach()).T
+    if best is not None and dense.shape[1] not in best:
+        found = torch._C._cusparselt.mm_search(compressed, dense, None, None, None, True)
+        best[dense.shape[1]] = dict(zip(("alg_id", "split_k", "split_k_mode"), map(int, found)))
+    chosen = best[dense.shape[1]] if best is not None else {}
+    return torch._cslt_sparse_mm(compressed, dense, transpose_result=True, **chosen)[:tokens]
+
+
+def trained_plan(values: Tensor, used: Tensor, places: Tensor, shape: tuple[int, int]) -> Plan:
+    """Plan of ``x @ W.T`` with weights that are trained: each run reads the values where they are and compresses W anew.
+
+    Number ``used[i]`` of the values, flat, is at ``places[i]`` of W, flat; W ``[out, in]`` has at most 2 of every 4 in a row.
+    The algorithm is searched for in the first run with so many tokens.
+    """
+    require_cusparselt(values, shape)
+    values, best = values.detach(), {}
+
+    def run(x: Tensor) -> Tensor:
+        check_activations("x", x, shape[1], values)
+        with torch.cuda.device_of(x):
+            weight = values.new_zeros(shape)
+            weight.view(-1)[places] = values.flatten()[used]
+            return sparse_product(compress(weight), x, shape[0], best)
+
+    return run
+
+
+def sampled_plan(values: Tensor, used: Tensor, places: Tensor, shape: tuple[int, int]) -> Plan:
+    """Plan of ``dy.T @ x`` at the places of a weight as ``trained_plan`` has them: here 2:4 skips nothing, the product is dense."""
+    require_cusparselt(values, shape)
+
+    def run(dy: Tensor, x: Tensor) -> Tensor:
+        dy, x = check_pair(dy, x, shape, values)
+        grad = values.new_zeros(values.numel())
+        grad[used] = (dy.T @ x).flatten()[places]
+        return grad.view(values.shape)
 
     return run
 

@@ -38,8 +38,8 @@ import torch
 from torch import Tensor
 
 from sparsesurvey.packing import compress_rows, in_cache, pack_bits, tiles, top, unpack_bits, untile
-from sparsesurvey.structure import Facts, Pattern, Plan, Shape, check_int, check_part
-from sparsesurvey.structures.nm import tensor_cores
+from sparsesurvey.structure import Facts, Pattern, Plan, Shape, Unavailable, check_int, check_part
+from sparsesurvey.structures.nm import most_of_4, tensor_cores
 from sparsesurvey.structures.unstructured import (
     PackedCSR, scipy_csr, scipy_product, tiled_product, torch_csr, torch_product, torch_sampled,
 )
@@ -165,6 +165,36 @@ class Transposable(Pattern):
 
     def spmmt_scipy_csr(self, packed: PackedTransposable) -> Plan:
         return scipy_product("dy", scipy_csr(self.general(packed)[0].transposed()), packed.values)
+
+    # On a GPU sparse tensor cores, through cuSPARSELt, skip in both products of the activations, and no kernel in the weight gradient.
+
+    def spmm_cusparselt(self, packed: PackedTransposable) -> Plan:
+        from sparsesurvey.kernels import semi_structured
+
+        return semi_structured.trained_plan(packed.values, *self.entries(packed), packed.shape)
+
+    def spmmt_cusparselt(self, packed: PackedTransposable) -> Plan:
+        from sparsesurvey.kernels import semi_structured
+
+        out, inn = packed.shape
+        used, places = self.entries(packed)
+        return semi_structured.trained_plan(packed.values, used, places % inn * out + places // inn, (inn, out))
+
+    def sddmm_cusparselt(self, packed: PackedTransposable) -> Plan:
+        """All of dW by a dense product, of which the stored weights are kept."""
+        from sparsesurvey.kernels import semi_structured
+
+        return semi_structured.sampled_plan(packed.values, *self.entries(packed), packed.shape)
+
+    def lasting(self, kernel: str) -> bool:
+        """Do this kernel's plans read the values where these are? Then they stay right while the values are trained."""
+        return kernel == "cusparselt"
+
+    def entries(self, packed: PackedTransposable) -> tuple[Tensor, Tensor]:
+        """Which of the values, flat, stand somewhere, and where in the weight, flat; for 2:4."""
+        if most_of_4(self.n, self.m) > 2:
+            raise Unavailable(f"needs at most 2 of every 4, {self} may keep more")
+        return self.general(packed)[1], self.kept(packed).flatten().nonzero().flatten()
 
 
 # How many masks there are.
