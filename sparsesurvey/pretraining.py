@@ -45,6 +45,7 @@ CONFIG = TrainConfig(
 MUON = {"optimizer": "muon", "muon_lr": 0.02, "lr": 3e-3}
 REHEARSAL = replace(CONFIG, steps=4, batch=2, seq=16, warmup=1, eval_every=2, eval_batches=1, checkpoint_every=2, device="cpu",
                     precision="float32", chunk=16, compile=False)
+FIRST = 5  # runs before more steps are taken apart
 STEPS = "steps"  # what taking them apart is called where it fails
 DIVERGED = "diverged"  # the metric of a run that has no loss any more: the steps after which it was last validated
 WARM = 90  # seconds that a compiled run takes before its first step
@@ -113,12 +114,13 @@ def runs(language: Language, model: str = "162m", config: TrainConfig = CONFIG) 
     ]
 
 
-def timed(jobs: Sequence[Job]) -> list[Job]:
-    """The runs whose steps are taken apart: dense first, those that the targets name, then one of each kind of product."""
-    dense, tall, both, *rest = jobs
-    apart = replace(tall, kernel=tall.kernel.removesuffix(FUSED))
-    masked = replace(tall, kernel="masked")
-    return [dense, *dict.fromkeys([tall, both, apart, masked])]
+def timed(jobs: Sequence[Job]) -> tuple[list[Job], list[Job]]:
+    """The runs whose steps are taken apart, dense first: those that the targets name, and later one of each kind of product."""
+    dense, tall, both, *_ = jobs
+    panels = next(job for job in jobs if isinstance(job.structure, VNM))
+    apart, masked = (replace(tall, kernel=kernel) for kernel in (tall.kernel.removesuffix(FUSED), "masked"))
+    first = [dense, tall, both]
+    return first, [dense, *(job for job in dict.fromkeys([apart, panels, masked]) if job not in first)]
 
 
 def wide(language: Language) -> MistralConfig:
@@ -186,16 +188,9 @@ class Pretraining:
         forget()
 
     def take_apart(self, jobs: Sequence[Job], **how) -> None:
-        """The time of steps and of their parts; a run that cannot be is left out."""
-        able = []
-        for job in jobs:
-            try:
-                job.start()
-                able.append(job)
-            except ValueError as error:
-                self.problems[f"{STEPS} of {named(job)}"] = str(error)
+        """The time of steps and of their parts."""
         try:
-            steptime.step_times(able, self.record, **how)
+            steptime.step_times(jobs, self.record, **how)
         except Exception as error:
             self.problems[STEPS] = f"{type(error).__name__}: {error}".splitlines()[0]
             check_device(jobs[0], STEPS)
@@ -249,14 +244,14 @@ def named(job: Job) -> str:
 
 def write_diverged(job: Job, step: int, folder: str) -> None:
     measure.record(measure.Measurement.now(DIVERGED, "1", step, structure=job.name, method=job.method, at=job.at(), source=job.source,
-                                           machine=Machine.current(job.config.device), code=job.code), CHAPTER, folder)
+                                           machine=Machine.current(job.config.device), code=job.code), job.chapter, folder)
 
 
 def diverged(job: Job, folder: str) -> bool:
     """Whether this run is known to lose its loss: it would again."""
     return any(row.metric == DIVERGED and (row.structure, row.method, row.code) == (job.name, job.method, job.code)
                and row.at == job.at() and row.machine.device == Machine.current(job.config.device).device
-               for row in measure.live(CHAPTER, folder))
+               for row in measure.live(job.chapter, folder))
 
 
 def check_device(job: Job, label: str) -> None:
@@ -315,9 +310,15 @@ def jobs_of(device: str, record: str, corpus: str = "", rehearsal: bool = False)
 def work(made: Pretraining, jobs: Sequence[Job], only: str = "", skip: Sequence[str] = (), rehearsal: bool = False) -> None:
     """Take steps apart, then train, until the deadline; without what is named in ``skip``, because it broke the device."""
     chosen = [job for job in jobs if only in named(job) and named(job) not in skip]
-    if not only and STEPS not in skip and parallel.world()[1] == 1:
-        made.take_apart(timed(jobs), **({"rounds": 3, "min_seconds": 1e-3} if rehearsal else {}))
-    made.go_through(chosen)
+    apart = not only and STEPS not in skip and parallel.world()[1] == 1
+    how = {"rounds": 3, "min_seconds": 1e-3} if rehearsal else {}
+    first, later = timed(jobs)
+    if apart:
+        made.take_apart(first, **how)
+    made.go_through(chosen[:FIRST])
+    if apart:
+        made.take_apart(later, **how)
+    made.go_through(chosen[FIRST:])
 
 
 def report(made: Pretraining, jobs: Sequence[Job]) -> None:

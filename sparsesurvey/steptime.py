@@ -9,7 +9,7 @@ out below zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -176,17 +176,6 @@ def _calls(model: nn.Module, job: Job, device: torch.device) -> dict[str, Callab
     return {STEP: step, PASSES: passes, **_parts_of(model, config, y)}
 
 
-class _Row(nn.Module):
-    """One part of every layer, each on activations of its own, so that no sums are made of what belongs to different layers."""
-
-    def __init__(self, members: Iterable[nn.Module], call: Callable[[nn.Module, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.members, self.call = nn.ModuleList(members), call
-
-    def forward(self, inputs: list[Tensor]) -> list[Tensor]:
-        return [self.call(member, x) for member, x in zip(self.members, inputs)]
-
-
 def _parts_of(model: nn.Module, config: TrainConfig, y: Tensor) -> dict[str, Callable[[], object]]:
     """Attention, MLP and head of a model, forward and backward, on random activations as large as those of a batch ``y``."""
     trunk, size = model.base_model, config.micro or len(y)
@@ -195,23 +184,29 @@ def _parts_of(model: nn.Module, config: TrainConfig, y: Tensor) -> dict[str, Cal
     places = torch.arange(config.seq, device=y.device)[None]
     rotary = trunk.rotary_emb(hidden, position_ids=places)
     attend = lambda member, x: member(x, position_embeddings=rotary, attention_mask=None)[0]
-    rows = {ATTENTION: _Row((layer.self_attn for layer in trunk.layers), attend),
-            MLP: _Row((layer.mlp for layer in trunk.layers), lambda member, x: member(x))}
-    calls = {name: _both_ways(torch.compile(row) if config.compile else row, row, hidden, config) for name, row in rows.items()}
+    members = {ATTENTION: ([layer.self_attn for layer in trunk.layers], attend),
+               MLP: ([layer.mlp for layer in trunk.layers], lambda member, x: member(x))}
+    calls = {name: _both_ways(row, call, hidden, config) for name, (row, call) in members.items()}
     calls[HEAD] = partial(_head, model, hidden, y[:size], config)
     times = len(y) // size  # pieces that a batch is trained in
     return {name: partial(_repeat, call, times) for name, call in calls.items()}
 
 
-def _both_ways(call: Callable, row: _Row, hidden: Tensor, config: TrainConfig) -> Callable[[], object]:
-    """A function that computes the outputs of a row and all gradients."""
-    weights = list(row.parameters())
+def _both_ways(row: Sequence[nn.Module], call: Callable[[nn.Module, Tensor], Tensor], hidden: Tensor,
+               config: TrainConfig) -> Callable[[], object]:
+    """A function that computes the outputs of one part of every layer, and all gradients.
+
+    Each has activations of its own, so that no sums are made of what belongs to different layers.
+    """
+    forward = lambda inputs: [call(member, x) for member, x in zip(row, inputs)]
+    forward = torch.compile(forward) if config.compile else forward
+    weights = [weight for member in row for weight in member.parameters()]
     dy: list[Tensor] = []
 
     def run() -> None:
-        inputs = [hidden.detach().requires_grad_() for _ in row.members]
+        inputs = [hidden.detach().requires_grad_() for _ in row]
         with torch.autocast(hidden.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-            outputs = call(inputs)
+            outputs = forward(inputs)
         if not dy:
             dy.append(torch.randn_like(outputs[0]))
         torch.autograd.grad(outputs, [*inputs, *weights], dy * len(outputs), allow_unused=True)
