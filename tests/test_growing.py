@@ -214,7 +214,7 @@ def test_growing_explores():
     language = markov(length=1 << 13, valid=1 << 11)
     for recipe, optimizer in [(RigL(every=3), "adamw"), (SET(every=3), "muon"), (PruneAndGrow(every=3), "adamw")]:
         model = sparsify(build("markov"), Unstructured(0.1), recipe)
-        config = TrainConfig(steps=16, batch=4, seq=16, lr=3e-3, warmup=2, eval_every=16, eval_batches=2, optimizer=optimizer)
+        config = TrainConfig(16, batch=4, seq=16, lr=3e-3, warmup=2, eval_every=16, eval_batches=2, optimizer=optimizer)
         history = train(model, language, config, progress=False)
         assert history.valid[-1][1] < history.valid[0][1]
         (_, explored), = history.trace[EXPLORED]

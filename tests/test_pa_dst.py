@@ -78,7 +78,7 @@ def test_an_order_by_hand():
 @pytest.mark.parametrize("structure, inner", [(Block(4, 4, 0.5), RigL()), (NM(2, 4), Static()), (NM(2, 4), BDWP())], ids=str)
 def test_products(structure, inner):
     weight, x, dy = random(16, 24) - 0.5, random(12, 24, seed=1) - 0.5, random(12, 16, seed=2) - 0.5
-    layer = SparseLinear(weight, structure, PADST(inner))
+    layer = SparseLinear(weight, structure, PADST(inner, identity=0.5))
     layer.prepare(0, 100)
     start = layer.soft_order.detach().clone()
     assert torch.allclose(start.sum(1), torch.ones(24, dtype=torch.float64)) and start.diagonal().min() > 0.5
@@ -106,7 +106,7 @@ def test_products(structure, inner):
 
 def test_when_it_becomes_a_permutation():
     make = lambda **constants: SparseLinear(random(4, 8), NM(2, 4), PADST(inner=Static(), **constants))
-    waits = make(threshold=0.0)
+    waits = make(threshold=0.0, identity=0.5)
     for step in range(1, 11):
         waits.prepare(step - 1, 10)
         waits.update(step, 10, {})
@@ -126,7 +126,7 @@ def test_it_finds_the_order_of_a_teacher():
     """The weight is given, block-diagonal as the teacher's: only the order is to be learnt."""
     size, order = 8, torch.randperm(8, generator=torch.Generator().manual_seed(5))
     teacher = torch.block_diag(*(random(2, 2, seed=seed) + torch.eye(2) for seed in range(4))).float()
-    recipe = PADST(inner=Static(), identity=0.0, threshold=0.05, deadline=1.0)
+    recipe = PADST(inner=Static(), threshold=0.05, deadline=1.0)
     layer = SparseLinear(teacher, Block(2, 2, 0.25), recipe)
     layer.mask.copy_(teacher != 0)
     layer.weight.data.copy_(teacher)
@@ -200,7 +200,7 @@ def test_both_phases_compile():
     (lambda: PADST(inner="rigl"), "inner must be another recipe"),
     (lambda: PADST(decay=-1.0), "decay must be a number of at least 0, got -1.0"),
     (lambda: PADST(threshold=2.0), "threshold must be a number from 0 to 1, got 2.0"),
-    (lambda: SparseLinear(torch.rand(8, 8), NM(2, 4), PADST()), "recipe pa-dst rigl trains S by another one: recipe rigl needs"),
+    (lambda: SparseLinear(random(8, 8), NM(2, 4), PADST()), "recipe pa-dst rigl trains S by another one: recipe rigl needs"),
 ])
 def test_bad_constants(make, match):
     with pytest.raises(ValueError, match=match):

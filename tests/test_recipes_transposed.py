@@ -81,7 +81,7 @@ def test_bdwp_products(structure):
 
 
 def multiplications(layer, tokens=16):
-    """Share of the multiplications of a dense step that the three products of a layer have left, counted in their operands."""
+    """Share of a dense step's multiplications that the three products of a layer have left, counted in their operands."""
     recipe = layer.recipe
     forward = recipe.forward_weight(layer)
     backward = recipe.input_weight(layer)

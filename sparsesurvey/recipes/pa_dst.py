@@ -44,8 +44,8 @@ class PADST(Recipe):
         threshold: of the mean penalty of a row or column, which is at most 1 - 1 / sqrt(in). Ours.
         deadline: the share of the steps after which M becomes a permutation in any case. Ours: the published code trains
             M to the end, and makes it a permutation afterwards.
-        identity: M begins with this share of the identity, the rest is random. Ours: the published code begins at 0, which
-            averages all inputs of a layer, and a short run does not recover from that.
+        identity: M begins with this share of the identity, the rest is random. 0 as in the published code, which averages a
+            layer's inputs at first. Starts with 0.1 and 0.5 ended at the identity on the Markov language, in every layer.
 
     As published M is brought back by cutting what is below 0, then dividing columns, then rows by their sums; its P stands
     left of S, the paper's right of it. Every layer has its own P, gate_proj and up_proj as well, which a kernel that reads
@@ -56,7 +56,7 @@ class PADST(Recipe):
     decay: float = 1e-3
     threshold: float = 0.1
     deadline: float = 0.5
-    identity: float = 0.5
+    identity: float = 0.0
 
     ends: ClassVar[str] = "permuted"
     table: ClassVar[dict[str, str]] = {
