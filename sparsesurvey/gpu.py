@@ -55,6 +55,25 @@ def fusion(shape: Shape, tokens: int, densities: Iterable[float], roofline: Roof
     return 1e6 * pd.DataFrame.from_dict(lines, orient="index")
 
 
+def one_kernel(shape: Shape, tokens: int, densities: Iterable[float], roofline: Roofline, side: int = 128, l2: float = 5.5e12,
+               itemsize: int = 2) -> pd.DataFrame:
+    """Least microseconds of a gated MLP in blocks of ``side``, in two kernels and in one, when fetching from L2 counts as well.
+
+    Every block is fetched anew for each tile of tokens, with its piece of the activations where these are not in registers:
+    for 128 tokens in the first half and 256 in down; for 64 where one kernel has the sums of all outputs in registers.
+    """
+    (hidden, inn), lines = shape, {}
+    for density in densities:
+        weight = round(density * hidden * inn)
+        least = lambda weights, moved: roofline.bound(
+            Cost(2 * tokens * weights * weight, weights * weight * itemsize, tokens * moved * itemsize))
+        fetched = lambda tile, weights: tokens / tile * weight / side**2 * (tile * side + weights * side**2) * itemsize / l2
+        two = max(least(2, inn + hidden), fetched(128, 2)) + max(least(1, hidden + inn), fetched(256, 1))
+        one = max(least(3, 2 * inn), fetched(64, 3))
+        lines[f"{density:.0%} kept"] = {"two kernels": 1e6 * two, "one kernel": 1e6 * one, "times faster": two / one}
+    return pd.DataFrame.from_dict(lines, orient="index")
+
+
 def reuse(heights: Iterable[int], tile: int = 256, shared: float = 30e12, l2: float = 5.5e12, peak: float = 790e12) -> pd.DataFrame:
     """FLOP/s that on-chip memory permits where a kept piece is so many rows high, and the sparsity at which it equals dense.
 

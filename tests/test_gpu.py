@@ -46,6 +46,17 @@ def test_fusing_saves_the_hidden_activations():
     assert tenth["whole"] < tenth["first half"] < tenth["apart"]
 
 
+def test_one_kernel_pays_where_there_are_few_weights():
+    """Blocks of 128, a tenth of 144, by hand: for 64 tokens the piece of x and three blocks; the hidden activations are 201 MB."""
+    frame = gpu.one_kernel((3072, 768), 32768, [0.1, 0.05], H200)
+    tenth = frame.loc["10% kept"]
+    assert tenth["one kernel"] == pytest.approx(512 * 14.4 * (64 * 128 + 3 * 128 * 128) * 2 / 5.5e12 * 1e6, rel=1e-4)
+    down = (round(0.1 * 3072 * 768) + 32768 * (3072 + 768)) * 2 / 4.8e12
+    first = 256 * 14.4 * (128 * 128 + 2 * 128 * 128) * 2 / 5.5e12
+    assert tenth["two kernels"] == pytest.approx((first + down) * 1e6, rel=1e-4)
+    assert tenth["times faster"] < 1 < frame.loc["5% kept", "times faster"]
+
+
 def test_higher_pieces_use_an_activation_more_often():
     frame = gpu.reuse([16, 128])
     assert list(frame["L2"]) == ["82.8 TFLOP/s", "469 TFLOP/s"] and list(frame["breaks even at"]) == ["90% sparse", "41% sparse"]
