@@ -7,9 +7,11 @@ block on inputs that pruned blocks give, and evaluated on the validation windows
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
+from multiprocessing import get_context
 from resource import RUSAGE_SELF, getrusage
 from time import perf_counter, process_time
 from typing import TYPE_CHECKING
@@ -20,8 +22,8 @@ from tqdm import tqdm
 
 from sparsesurvey.alps import alps
 from sparsesurvey.calibration import calibrate
-from sparsesurvey.data import Language, markov, windows
-from sparsesurvey.experiments import LOSS, SOURCE, Job, trained
+from sparsesurvey.data import Language, markov, stdlib, windows
+from sparsesurvey.experiments import LOSS, SOURCE, TEXT, Job, trained
 from sparsesurvey.measure import Machine, Measurement, code_of, live, recorded
 from sparsesurvey.measure import record as write_row
 from sparsesurvey.mistral import build
@@ -56,6 +58,10 @@ LADDER: dict[str, Method] = {  # from Wanda to DaSS, one change at a time
     "Wanda": wanda, "DaSS along the inputs": dass, "DaSS as released, power 0": partial(released, power=0.0),
     "DaSS as released": released, "DaSS as released, power 1": partial(released, power=1.0)}
 
+WAYS: dict[str, TrainConfig] = {  # how the models of bytes were trained
+    "AdamW": replace(TEXT, optimizer="adamw", weight_decay=0.0, eval_every=750, eval_batches=48),
+    "AdamW, decay": replace(TEXT, optimizer="adamw", eval_every=750, eval_batches=48), "Muon": TEXT}
+
 
 def losses(structures: Iterable[Structure], methods: Mapping[str, Method] = METHODS, seeds: Sequence[int] = (0,),
            calibrations: Sequence[int] = (0,), language: Language | None = None, model: str = "markov",
@@ -80,7 +86,8 @@ def losses(structures: Iterable[Structure], methods: Mapping[str, Method] = METH
     rows = []
     for seed, calibration, name, structure, method in tqdm(todo, "prune", disable=not progress):
         job = Job(None, seed, language, model, config, Recipe())
-        at = {**job.at(), "sequences": sequences, "calibration": calibration} if structure else job.at()
+        at = {**job.at(), "decay": config.weight_decay}
+        at |= {"sequences": sequences, "calibration": calibration} if structure else {}
         source = _source(structure, method)
         row = _known(known, str(structure or "dense"), name, at, code_of(source, device=config.device))
         if row is None:
@@ -90,6 +97,18 @@ def losses(structures: Iterable[Structure], methods: Mapping[str, Method] = METH
             write_row(row, CHAPTER, record)
         rows.append(row)
     return rows
+
+
+def text_losses(structures: Iterable[Structure], methods: Mapping[str, Method] = METHODS, ways: Iterable[str] = tuple(WAYS),
+                seeds: Sequence[int] = (0, 1, 2), calibrations: Sequence[int] = (0,), record: str = "",
+                progress: bool = True) -> list[Measurement]:
+    """``losses`` of models of 357,024 parameters that read the bytes of Python's standard library, trained in some of ``WAYS``.
+
+    Calibrated on 128 pieces of 128 bytes. A model takes about two core-minutes to train, a case two core-seconds.
+    """
+    language, structures = stdlib(), list(structures)
+    return [row for way in ways for row in losses(structures, methods, seeds, calibrations, language, "bytes", WAYS[way],
+                                                  record=record, progress=progress)]
 
 
 def _source(structure: Structure | None, method: Method) -> str:
@@ -139,8 +158,9 @@ def spreads(seeds: Sequence[int] = (0,), language: Language | None = None, model
                          ("output_square",), progress=False)
         for what in ("norms", "output_norms"):
             each = [float(norms.std() / norms.mean()) for norms in (getattr(one, what)() for one in seen.values())]
+            at = {**job.at(), "decay": config.weight_decay, "sequences": sequences}
             row = Measurement.now("spread", "1", sum(each) / len(each), low=min(each), high=max(each), structure="dense",
-                                  method="inputs" if what == "norms" else "neurons", at={**job.at(), "sequences": sequences},
+                                  method="inputs" if what == "norms" else "neurons", at=at,
                                   source=f"{SOURCE},sparsesurvey.calibration", machine=Machine.current(config.device))
             write_row(row, CHAPTER, record)
             rows.append(row)
@@ -148,28 +168,36 @@ def spreads(seeds: Sequence[int] = (0,), language: Language | None = None, model
 
 
 def pruning_time(method: Method, structure: Structure, model: str = "162m", sequences: int = 16, length: int = 512,
-                 record: str = "") -> tuple[Measurement, ...]:
+                 threads: int | None = None, record: str = "") -> tuple[Measurement, ...]:
     """Time to prune a model of random weights on random tokens, by the clock and of the processor (all cores together), and
-    the most memory that this process has had: rows.
+    the most memory that it takes, in a process of its own: rows.
 
-    None of it depends on what the weights are. Call it once in a process: the memory is the highest so far. On a machine
-    with other work the processor's time tells more: over the cores, it is the clock's on a quiet one at best.
+    None of it depends on what the weights are. On a machine with other work the processor's time tells more: over the
+    cores, it is the clock's on a quiet one at best.
     """
+    threads = torch.get_num_threads() if threads is None else threads
+    with ProcessPoolExecutor(1, get_context("spawn")) as alone:
+        rows = alone.submit(_pruning_time, method, structure, model, sequences, length, threads).result()
+    for row in rows:
+        write_row(row, CHAPTER, record)
+    return rows
+
+
+def _pruning_time(method: Method, structure: Structure, model: str, sequences: int, length: int,
+                  threads: int) -> tuple[Measurement, ...]:
+    torch.set_num_threads(threads)
     made = build(model).eval()
     generator = torch.Generator().manual_seed(0)
     batches = list(torch.randint(made.config.vocab_size, (sequences, 1, length), generator=generator))
-    at = {"model": model, "sequences": sequences, "length": length, "threads": torch.get_num_threads(),
+    at = {"model": model, "sequences": sequences, "length": length, "threads": threads,
           "weights": sum(weight.nbytes for weight in made.parameters())}
     plan, how = (method(structure), magnitude) if _is_plan(method) else (structure, method)
     start, busy = perf_counter(), process_time()
     prune_model(made, plan, how, batches, progress=False)
     seconds, busy = perf_counter() - start, process_time() - busy
     peak = getrusage(RUSAGE_SELF).ru_maxrss * 1024
-    rows = [Measurement.now(metric, unit, value, structure=structure, method=describe(method), at=at, source=_source(structure, method))
-            for metric, unit, value in (("time to prune", "s", seconds), ("processor time to prune", "s", busy), ("peak memory", "B", peak))]
-    for row in rows:
-        write_row(row, CHAPTER, record)
-    return tuple(rows)
+    return tuple(Measurement.now(metric, unit, value, structure=structure, method=describe(method), at=at, source=_source(structure, method))
+                 for metric, unit, value in (("time to prune", "s", seconds), ("processor time to prune", "s", busy), ("peak memory", "B", peak)))
 
 
 def increases(rows: Iterable[Measurement]) -> dict[tuple[str, str], dict[tuple[int, int], float]]:

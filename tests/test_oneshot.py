@@ -84,6 +84,16 @@ def test_the_ladder_changes_one_thing_at_a_time():
     assert list(LADDER)[0] == "Wanda" and LADDER["DaSS as released"] is released
 
 
+def test_the_models_of_bytes_are_trained_as_said(monkeypatch):
+    asked = []
+    monkeypatch.setattr(oneshot, "losses", lambda *args, **options: asked.append(args) or [len(asked)])
+    assert oneshot.text_losses([NM(2, 4)], {"Wanda": wanda}, ("AdamW", "Muon"), record="here") == [1, 2]
+    structures, methods, seeds, calibrations, languages, sizes, configs = map(list, zip(*asked))
+    assert structures == [[NM(2, 4)]] * 2 and seeds == [(0, 1, 2)] * 2 and calibrations == [(0,)] * 2 and sizes == ["bytes"] * 2
+    assert [(config.optimizer, config.weight_decay) for config in configs] == [("adamw", 0.0), ("muon", 0.1)]
+    assert {config.steps for config in configs} == {1500} and languages[0].bytes_per_token == 1
+
+
 def test_spreads_of_norms(tmp_path, monkeypatch):
     monkeypatch.setenv("SPARSESURVEY_RUNS", str(tmp_path / "runs"))
     inputs, neurons = oneshot.spreads((0,), LANGUAGE, config=TINY, sequences=16, record=str(tmp_path))
