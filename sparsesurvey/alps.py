@@ -79,7 +79,9 @@ def solver(gram: Tensor, rho: float, rows: int) -> Callable[[Tensor], Tensor]:
 
     For ``EVERY`` calls the inverse pays where there are many rows; a few are solved by the factor, twice.
     """
-    lower = torch.linalg.cholesky(gram + rho * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+    shifted = gram.clone()
+    shifted.diagonal().add_(rho)
+    lower = torch.linalg.cholesky(shifted)
     if 2 * rows >= len(gram):
         inverse = torch.cholesky_inverse(lower)
         return lambda side: side @ inverse
