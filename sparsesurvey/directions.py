@@ -6,7 +6,7 @@ off), or draw a sparse dy for dW (then it is right on average). Means over draws
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from sparsesurvey.linear import SparseLinear, sparse_layers
 from sparsesurvey.recipe import Recipe
 from sparsesurvey.train import loss_of
 
-INPUT, WHOLE = "input gradient", "all gradients"
+INPUT, WEIGHTS = "input gradient", "weight gradients"
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Exact(Recipe):
 def directions(model: nn.Module, x: Tensor, y: Tensor, draws: int = 16, seed: int = 0) -> dict[str, float]:
     """Cosines with the true gradient of the loss on inputs and targets ``[batch, seq]``; 1 is the same direction.
 
-    "input gradient" is the mean over the sparse layers, each given the dy that reaches it: what its own dx is off by. "all gradients"
-    is of all parameters together, through the whole model, the sparse layers' straight through to their dense weights, once
-    of one gradient and once of the mean of ``draws``, which differs where the recipe draws at random.
+    "input gradient" is the mean over the sparse layers, each given the dy that reaches it: what its own dx is off by. "weight gradients"
+    are those of the sparse layers, straight through to their dense weights, all together and through the whole model, once
+    one gradient and once the mean of ``draws``, which differs where the recipe draws at random.
     """
     layers = {name: layer for name, layer in sparse_layers(model).items() if isinstance(layer, SparseLinear)}
     if not layers:
@@ -50,22 +50,22 @@ def directions(model: nn.Module, x: Tensor, y: Tensor, draws: int = 16, seed: in
     if isinstance(draws, bool) or not isinstance(draws, int) or draws < 2:
         raise ValueError(f"draws must be an integer of at least 2, got {draws!r}")
     random = any(layer.recipe.output_grad(layer) is not None for layer in layers.values())
+    weights = [layer.weight for layer in layers.values()]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         with seeing(layers) as seen:
-            first = gradient(model, x, y)
-        every = [first] + [gradient(model, x, y) for _ in range(draws - 1 if random else 0)]
+            first = gradient(model, x, y, weights)
+        every = [first] + [gradient(model, x, y, weights) for _ in range(draws - 1 if random else 0)]
     with exact(layers):
-        right = gradient(model, x, y)
+        right = gradient(model, x, y, weights)
         ways = {layer: input_gradient(layer, *seen[layer]) for layer in layers.values()}
     found = {INPUT: sum(cosine(input_gradient(layer, *seen[layer]), ways[layer]) for layer in ways) / len(ways),
-             WHOLE: cosine(first, right)}
-    return found | {f"{WHOLE}, mean of {draws}": cosine(sum(every) / len(every), right)}
+             WEIGHTS: cosine(first, right)}
+    return found | {f"{WEIGHTS}, mean of {draws}": cosine(sum(every) / len(every), right)}
 
 
-def gradient(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """The gradient of the mean loss, of all trained parameters, as one vector."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def gradient(model: nn.Module, x: Tensor, y: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """The gradient of the mean loss by ``parameters``, as one vector."""
     parts = torch.autograd.grad(loss_of(model, x, y), parameters)
     return torch.cat([part.flatten() for part in parts])
 

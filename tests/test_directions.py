@@ -8,7 +8,7 @@ import torch
 from sparsesurvey import asides
 from sparsesurvey.asides import bearings, compass, orderings, traced
 from sparsesurvey.data import markov, windows
-from sparsesurvey.directions import INPUT, WHOLE, directions, exact, gradient, input_gradient
+from sparsesurvey.directions import INPUT, WEIGHTS, directions, exact, gradient, input_gradient
 from sparsesurvey.experiments import recipe_curves
 from sparsesurvey.linear import SparseLinear, sparse_layers, sparsify
 from sparsesurvey.mistral import build
@@ -20,7 +20,7 @@ from sparsesurvey.structures import NM, Block, Dense, Diagonal, Transposable, Un
 from sparsesurvey.train import TrainConfig
 
 LANGUAGE = markov(length=1 << 13, valid=1 << 11)
-MEAN = f"{WHOLE}, mean of 16"
+MEAN = f"{WEIGHTS}, mean of 16"
 TINY = TrainConfig(steps=8, warmup=2, eval_every=4, eval_batches=1, batch=4, seq=16)
 
 
@@ -36,9 +36,9 @@ def test_the_input_gradient_is_off_where_two_weights_are_used(structure, recipe,
     found = directions(made(structure, recipe), *windows(LANGUAGE.valid, 4, 16), draws=16)
     assert low - 1e-6 <= found[INPUT] <= high + 1e-6
     if recipe == FST():
-        assert found[WHOLE] < found[MEAN] < 1  # noise, which a mean takes away
+        assert found[WEIGHTS] < found[MEAN] < 1  # noise, which a mean takes away
     else:
-        assert found[WHOLE] == found[MEAN] and (found[WHOLE] > 1 - 1e-6) == (found[INPUT] > 1 - 1e-6)
+        assert found[WEIGHTS] == found[MEAN] and (found[WEIGHTS] > 1 - 1e-6) == (found[INPUT] > 1 - 1e-6)
 
 
 def test_cosine_of_one_layer_by_hand():
@@ -56,7 +56,7 @@ def test_the_exact_gradient_is_autograd_s_own():
         plain.get_submodule(name).weight.data.copy_(layer.weight.detach() * layer.mask)
     x, y = windows(LANGUAGE.valid, 2, 16)
     with exact(sparse_layers(model)):
-        torch.testing.assert_close(gradient(model, x, y), gradient(plain, x, y))
+        torch.testing.assert_close(*(gradient(one, x, y, list(one.parameters())) for one in (model, plain)))
 
 
 @pytest.mark.parametrize(("call", "message"), [
@@ -96,7 +96,7 @@ def record(tmp_path_factory):
 def test_bearings_are_measured_once(record, monkeypatch):
     pairs = [(NM(2, 4), BDWP())]
     rows = bearings(pairs, (0,), LANGUAGE, config=TINY, record=record)
-    assert {(row.at["step"], row.at["of"]) for row in rows} == {(step, of) for step in (0, 7) for of in (INPUT, WHOLE, MEAN)}
+    assert {(row.at["step"], row.at["of"]) for row in rows} == {(step, of) for step in (0, 7) for of in (INPUT, WEIGHTS, MEAN)}
     assert not any(row.stale for row in rows) and "sparsesurvey.recipes.bdwp" in rows[0].source
     monkeypatch.setattr(asides, "_bearings", lambda *_: pytest.fail("measured again"))
     assert bearings(pairs, (0,), LANGUAGE, config=TINY, record=record) == rows
@@ -106,10 +106,9 @@ def test_bearings_are_measured_once(record, monkeypatch):
 
 def test_traces_are_those_of_the_runs(record):
     options = {"language": LANGUAGE, "record": record, "progress": False, "workers": 1}
-    every = replace(TINY, eval_every=2)
     pairs = [(Dense(), Recipe()), (Block(8, 8, 0.1), RigL(every=2))]
     losses = recipe_curves(pairs, (0,), config=TINY, **options)
-    recipe_curves(pairs[1:], (0,), config=every, **options)
+    recipe_curves(pairs[1:], (0,), config=replace(TINY, steps=4, eval_every=2), **options)
     flips = traced(losses, "flip rate", record=record)
     assert [row.at["step"] for row in flips] == [4, 8] and flips[0].value > 0
     assert {row.at["step"] for row in traced(losses, "gradient norm", record=record) if row.structure == "dense"} == {4, 8}
