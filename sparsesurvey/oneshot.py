@@ -93,7 +93,7 @@ def losses(structures: Iterable[Structure], methods: Mapping[str, Method] = METH
         if row is None:
             if seed not in dense:
                 dense = {seed: trained(None, seed, language, model, config, record=record)}  # one at a time
-            row = _measure(job, deepcopy(dense[seed]), structure, name, method, at, source)
+            row = _measure(job, deepcopy(dense[seed]).to(config.device), structure, name, method, at, source)
             write_row(row, CHAPTER, record)
         rows.append(row)
     return rows
@@ -153,7 +153,7 @@ def spreads(seeds: Sequence[int] = (0,), language: Language | None = None, model
     rows = []
     for seed in seeds:
         job = Job(None, seed, language, model, config, Recipe())
-        dense = trained(None, seed, language, model, config, record=record)
+        dense = trained(None, seed, language, model, config, record=record).to(config.device)
         seen = calibrate(dense, samples(language.train, sequences, config.seq, 0, config.batch), ("gate_proj",),
                          ("output_square",), progress=False)
         for what in ("norms", "output_norms"):
