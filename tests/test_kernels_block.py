@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsesurvey.kernels.launch import SHARED, bucket
+from sparsesurvey.kernels.launch import SHARED, bucket, tuning
 from sparsesurvey.structure import Unavailable
 from sparsesurvey.structures import Block
 
@@ -91,6 +91,8 @@ def test_tokens_that_share_a_tuning_and_parts_of_at_least_256():
     from sparsesurvey.kernels.block import split
 
     assert [bucket(tokens) for tokens in (1, 16, 17, 4096, 4097)] == [16, 16, 32, 4096, 8192]
+    few, many = (tuning(torch.zeros(tokens, 1)) for tokens in (4096, 4097))
+    assert few != many == tuning(torch.zeros(8192, 1)) and few % 16 == many % 16 == 0
     assert split(100, 4, 132) == 1 and split(8192, 10_000, 132) == 1 and split(8192, 64, 132) == 5 and split(8192, 1, 132) == 16
 
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sparsesurvey.kernels.launch import bucket, divides_by_16_bytes, interpreting, processors, require
+from sparsesurvey.kernels.launch import divides_by_16_bytes, interpreting, processors, require, tuning
 from sparsesurvey.structure import Plan, Unavailable, check_activations, check_pair
 
 if interpreting():
@@ -170,7 +170,7 @@ def sample_configs() -> list[triton.Config]:
 
 def tuned(kernel: Any, configs: list[triton.Config], key: list[str], ready: Any = lambda arguments: True) -> Any:
     """The kernel with the fastest of its configurations for each value of ``key``, the dtypes, the device and the versions,
-    kept in Triton's cache. ``KEY`` among them (see ``bucket``) is no constant, so that it compiles nothing anew.
+    kept in Triton's cache. ``KEY`` among them (see ``launch.tuning``) is no constant, so that it compiles nothing anew.
     """
     return triton.autotune(configs, key, cache_results=not interpreting())(triton.heuristics({"READY": ready})(kernel))
 
@@ -218,7 +218,7 @@ def product_plan(name: str, sparse: Sparse) -> Plan:
             tuned_multiply[(programs,)](
                 *(operand(matrix, tma) for matrix in (aligned(x), flat, y)), sparse.pointers, sparse.sources, sparse.places,
                 sparse.order, len(x), targets, len(flat), x.shape[1], flat.shape[1], y.shape[1], **sizes, TMA=tma,
-                TRANSPOSED=sparse.transposed, EXACT=x.dtype == torch.float32, KEY=bucket(len(x)), PROGRAMS=programs)
+                TRANSPOSED=sparse.transposed, EXACT=x.dtype == torch.float32, KEY=tuning(x), PROGRAMS=programs)
         return y
 
     return run
@@ -246,7 +246,7 @@ def gradient_plan(values: Tensor, rows: Tensor, columns: Tensor, grid: tuple[int
         with torch.cuda.device_of(x):
             tuned_sample[(blocks * pieces, parts)](
                 operand(dy, tma), operand(x, tma), out, rows, columns, len(x), each, *shape, ROWS=height, COLS=width, **tile,
-                TMA=tma, EXACT=x.dtype == torch.float32, KEY=bucket(len(x)))
+                TMA=tma, EXACT=x.dtype == torch.float32, KEY=tuning(x))
         return out[0] if parts == 1 else out.sum(0).to(x.dtype)
 
     return run

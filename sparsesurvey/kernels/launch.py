@@ -1,6 +1,8 @@
 """What every Triton launch needs to know of where it runs: may it, on how many processors, compiled or interpreted."""
 
 import os
+from functools import lru_cache
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -37,6 +39,21 @@ def processors(device: torch.device) -> int:
 def bucket(tokens: int) -> int:
     """Tokens rounded up to a power of two: numbers of tokens that share a tuning."""
     return 1 << max(4, (tokens - 1).bit_length())
+
+
+@lru_cache
+def model(device: torch.device) -> int:
+    """A number below 4096 for the name of a GPU."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return crc32(name.encode()) % 4096
+
+
+def tuning(x: Tensor) -> int:
+    """What a tuner keys on: a number for a ``bucket`` of tokens on one model of GPU, since Triton itself tells only generations apart.
+
+    A multiple of 16, as all of them are: Triton compiles such numbers and others apart.
+    """
+    return 16 * (4096 * bucket(len(x)).bit_length() + model(x.device))
 
 
 def divides_by_16_bytes(size: int, dtype: torch.dtype) -> bool:

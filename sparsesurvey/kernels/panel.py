@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sparsesurvey.kernels.block import aligned, split
 from sparsesurvey.kernels.features import ROUND, feature_major
-from sparsesurvey.kernels.launch import bucket, interpreting, processors, require
+from sparsesurvey.kernels.launch import interpreting, processors, require, tuning
 from sparsesurvey.structure import Plan, Shape, Unavailable, check_activations, check_pair
 
 LOW, WIDE = 16, 128  # the fewest and the most outputs of one instruction tile
@@ -231,7 +231,7 @@ def gather_plan(panels: list[Panel], grid: Shape, like: Tensor) -> Plan:
             tuned_gather[programs](
                 rows, stacked.weights, y, stacked.inputs, stacked.pointers, stacked.order, len(x), rows.shape[1], len(panels),
                 rows.stride(0), stacked.weights.shape[1], max(y.stride()), HEIGHT=stacked.height, PIECES=pieces,
-                FEATURES=features, EXACT=x.dtype == torch.float32, KEY=bucket(len(x)), BN=tile, BK=DEEP)
+                FEATURES=features, EXACT=x.dtype == torch.float32, KEY=tuning(x), BN=tile, BK=DEEP)
         return y
 
     return run
@@ -254,7 +254,7 @@ def spread_plan(panels: list[Panel], grid: Shape, like: Tensor) -> Plan:
         with torch.cuda.device_of(dy):
             tuned_spread[programs](
                 dy, stacked.weights, dx, slots, len(dy), len(panels), out, width, inn, HEIGHT=stacked.height,
-                PIECES=width // deep, EXACT=dy.dtype == torch.float32, KEY=bucket(len(dy)), BN=tile, BK=deep)
+                PIECES=width // deep, EXACT=dy.dtype == torch.float32, KEY=tuning(dy), BN=tile, BK=deep)
         return dx
 
     return run
@@ -281,7 +281,7 @@ def scatter_plan(panels: list[Panel], grid: Shape, like: Tensor) -> Plan:
             with torch.cuda.device_of(dy):
                 tuned_scatter[programs](
                     dy, stacked.weights, sums, stacked.inputs, owners, real, len(dy), out, width, sums.shape[1],
-                    HEIGHT=stacked.height, PIECES=width // deep, EXACT=dy.dtype == torch.float32, KEY=bucket(len(dy)), BN=deep, BK=step)
+                    HEIGHT=stacked.height, PIECES=width // deep, EXACT=dy.dtype == torch.float32, KEY=tuning(dy), BN=deep, BK=step)
         return torch.empty(len(dy), inn, dtype=dy.dtype, device=dy.device).copy_(sums.T[: len(dy)])
 
     return run
@@ -328,7 +328,7 @@ def sample_plan(panels: list[Panel], grid: Shape, like: Tensor) -> Plan:
         with torch.cuda.device_of(x):
             tuned_sample[(blocks * pieces, parts)](
                 rows, dy, sums, stacked.inputs, owners, len(x), rows.shape[1], each, rows.stride(0), dy.shape[1], width,
-                HEIGHT=stacked.height, PIECES=pieces, EXACT=x.dtype == torch.float32, KEY=bucket(len(x)), BN=tile, BK=step)
+                HEIGHT=stacked.height, PIECES=pieces, EXACT=x.dtype == torch.float32, KEY=tuning(x), BN=tile, BK=step)
         gradient = sums[0] if parts == 1 else sums.sum(0).to(x.dtype)
         listed = gradient[stacked.places, : stacked.height]  # [groups * inputs, outputs]
         return listed.unflatten(0, (-1, like.shape[2])).mT.contiguous().view(like.shape)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsesurvey.kernels.block import DEEP, WIDE, Sparse, aligned, fetch, has_tma, operand, put, split, tuned
-from sparsesurvey.kernels.launch import bucket, interpreting, processors
+from sparsesurvey.kernels.launch import interpreting, processors, tuning
 from sparsesurvey.structure import Plan, check_activations, check_pair
 
 
@@ -161,7 +161,7 @@ def gated_plan(gate: Sparse, up: Sparse, backward: bool) -> Plan:
                 tuned_gated[(programs,)](
                     *(operand(matrix, tma) for matrix in (x, *weights, *(given or outs[:1]), outs[0], outs[-1])),
                     gate.pointers, gate.sources, gate.order, len(x), targets, len(weights[0]), x.shape[1], depth, targets * width,
-                    **sizes, TMA=tma, BACKWARD=backward, EXACT=x.dtype == torch.float32, KEY=bucket(len(x)), PROGRAMS=programs)
+                    **sizes, TMA=tma, BACKWARD=backward, EXACT=x.dtype == torch.float32, KEY=tuning(x), PROGRAMS=programs)
         return tuple(outs) if backward else outs[0]
 
     return run
@@ -183,7 +183,7 @@ def input_gradient_plan(gate: Sparse, up: Sparse) -> Plan:
             tuned_together[(programs,)](
                 *(operand(matrix, tma) for matrix in (dg, du, *weights, dx)), gate.pointers, gate.sources, gate.places, gate.order,
                 len(dg), targets, len(weights[0]), dg.shape[1], weights[0].shape[1], dx.shape[1], **sizes, TMA=tma,
-                EXACT=dg.dtype == torch.float32, KEY=bucket(len(dg)), PROGRAMS=programs)
+                EXACT=dg.dtype == torch.float32, KEY=tuning(dg), PROGRAMS=programs)
         return dx
 
     return run
@@ -208,7 +208,7 @@ def weight_gradient_plan(values: Tensor, rows: Tensor, columns: Tensor, grid: tu
         with torch.cuda.device_of(x):
             tuned_sample[(blocks * pieces, parts)](
                 *(operand(matrix, tma) for matrix in (dg, du, x)), *sums, rows, columns, len(x), each, out, inn, ROWS=height,
-                COLS=width, **tile, TMA=tma, EXACT=x.dtype == torch.float32, KEY=bucket(len(x)))
+                COLS=width, **tile, TMA=tma, EXACT=x.dtype == torch.float32, KEY=tuning(x))
         first, second = (part[0] if parts == 1 else part.sum(0).to(x.dtype) for part in sums)
         return first, second
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsesurvey.kernels.block import Sparse, aligned, fetch, has_tma, operand, put, tuned
-from sparsesurvey.kernels.launch import bucket, interpreting, processors
+from sparsesurvey.kernels.launch import interpreting, processors, tuning
 from sparsesurvey.kernels.swiglu import setter
 from sparsesurvey.structure import Plan, Unavailable, check_activations
 
@@ -106,7 +106,7 @@ def whole_plan(gate: Sparse, up: Sparse, down: Sparse) -> Plan:
             tuned_whole[(programs,)](
                 *(operand(matrix, tma) for matrix in (x, *weights, y)), gate.pointers, gate.sources, listed, table, len(x), len(listed),
                 len(weights[0]), len(weights[2]), x.shape[1], depth, cols, y.shape[1], **sizes, TMA=tma,
-                EXACT=x.dtype == torch.float32, KEY=bucket(len(x)), PROGRAMS=programs)
+                EXACT=x.dtype == torch.float32, KEY=tuning(x), PROGRAMS=programs)
         return y
 
     return run
