@@ -16,7 +16,7 @@ from sparsesurvey.linear import SparseLinear
 from sparsesurvey.recipes.growing import RigL
 from sparsesurvey.structure import Pattern, Shape
 
-DROPPED, GROWN = "#D55E00", "#009E73"
+DROPPED, GROWN = "#D55E00", "#111111"
 
 
 class Update(NamedTuple):
