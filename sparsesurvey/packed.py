@@ -46,6 +46,12 @@ class PackedLinear(StructuredLinear):
             self._names.append(name)
             self.register_buffer(name, part)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "kind": KINDS[self.kind].form}  # numbers are those of this process
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "kind": kind(state["structure"], state["kernel"], state["kind"])})
+
     @property
     def parameter(self) -> nn.Parameter:
         return self.values

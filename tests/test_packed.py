@@ -6,15 +6,15 @@ import pickle
 
 import pytest
 import torch
-from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from sparsesurvey import operators
 from sparsesurvey.linear import SparseLinear
 from sparsesurvey.operators import KINDS, OPERATORS
 from sparsesurvey.packed import PackedLinear
 from sparsesurvey.recipes.static import Static
-from sparsesurvey.structure import PRODUCTS, Pattern, Structure, Unavailable
+from sparsesurvey.structure import PRODUCTS, Unavailable
 from sparsesurvey.structures import NM, Block, Unstructured, all_structures
 from test_kernels_block import TRITON, interpreted
 
@@ -48,7 +48,7 @@ def both(run, layer, x, dy):
 def check(layer, x, dy, **tolerance):
     """The layer against its dense weight, as that is now."""
     weight = layer.dense().double()
-    _, *_ = got = both(layer, layer, x, dy)
+    got = both(layer, layer, x, dy)
     right = x.double() @ weight.T, dy.double() @ weight
     for mine, want in zip(got, right):
         torch.testing.assert_close(mine.double(), want, **tolerance)
@@ -232,6 +232,14 @@ def test_copies_are_layers_of_their_own():
         with torch.no_grad():
             other.values.zero_()
             assert not other(x).any() and torch.equal(layer(x), y)
+
+
+def test_another_process_numbers_kinds_anew(monkeypatch):
+    layer = packed(*LASTING)
+    x, written = random(4, INN), pickle.dumps(layer)
+    monkeypatch.setattr(operators, "NUMBERS", {})
+    read = pickle.loads(written)
+    assert read.kind != layer.kind and torch.equal(read(x), layer(x))
 
 
 def test_plans_go_with_the_values():
