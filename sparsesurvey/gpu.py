@@ -123,11 +123,12 @@ def aims(rows: Iterable[Measurement]) -> pd.DataFrame:
         if row.machine.device == "cuda":
             by_machine.setdefault(str(row.machine), []).append(row)
     if not by_machine:
-        return _verdicts("", verdicts([]))
-    return pd.concat([_verdicts(name, verdicts(mine)) for name, mine in by_machine.items()])
+        return verdict_table("", verdicts([]))
+    return pd.concat([verdict_table(name, verdicts(mine)) for name, mine in by_machine.items()])
 
 
-def _verdicts(machine: str, found: Iterable[Verdict]) -> pd.DataFrame:
+def verdict_table(machine: str, found: Iterable[Verdict]) -> pd.DataFrame:
+    """A line a target: what, at least, measured, met or not."""
     lines = [{"target": item.what, "at least": f"{item.least:g}", "measured": "" if item.value is None else f"{item.value:.2f}",
               "": item.word, **({"machine": machine} if machine else {})} for item in found]
     return unnumbered(pd.DataFrame(lines))
