@@ -312,7 +312,7 @@ def work(made: Pretraining, jobs: Sequence[Job], only: str = "", skip: Sequence[
     chosen = [job for job in jobs if only in named(job) and named(job) not in skip]
     apart = not only and STEPS not in skip and parallel.world()[1] == 1
     how = {"rounds": 3, "min_seconds": 1e-3} if rehearsal else {}
-    first, later = timed(jobs)
+    first, later = timed(jobs) if apart else ([], [])
     if apart:
         made.take_apart(first, **how)
     made.go_through(chosen[:FIRST])

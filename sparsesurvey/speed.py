@@ -1,4 +1,4 @@
-"""What a page says of the speed of training: steps and their parts, and the time until a loss is reached."""
+"""The speed of training from rows: steps and their parts, the time until a loss is reached, and what must be reached."""
 
 from __future__ import annotations
 
@@ -6,23 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 
-import matplotlib.pyplot as plt
-import numpy as np
-import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
-from sparsesurvey import figures
 from sparsesurvey.records import Measurement, Scalar
-from sparsesurvey.roofline import A100, H100, H200, MATMUL, Roofline
-from sparsesurvey.steptime import GAIN, PARTS, STEP, STORED, TIME, WORK
-from sparsesurvey.tables import amount, measured, unnumbered
+from sparsesurvey.roofline import A100, H100, H200, Roofline
+from sparsesurvey.steptime import GAIN, STEP, STORED, TIME, WORK
 from sparsesurvey.targets import Verdict
 
 LOSS, SECONDS = "validation loss", "training time"
 TRAINER = "transformers Trainer"  # a method, beside "dense"
 NAMEPLATES = {"H200": H200, "H100": H100, "A100": A100}
-TINTS = dict(zip(PARTS, ("#0072B2", "#009E73", "#E69F00", "#CC79A7", "#bbbbbb")))
 
 
 # ---- steps
@@ -54,62 +45,6 @@ def nameplate(row: Measurement) -> Roofline | None:
 def utilisation(mine: Mapping[str, Measurement], peak: float) -> float | None:
     """Model FLOP utilisation: the arithmetic of the stored weights over what ``peak`` FLOP/s would do in that time."""
     return mine[STORED].value / mine[STEP].value / peak if STORED in mine else None
-
-
-def step_table(rows: Iterable[Measurement], peaks: Iterable[Measurement] = ()) -> pd.DataFrame:
-    """One line a kind of step: tokens a second, over dense, what its parts take, and the share of the machine's peak.
-
-    ``peaks``: rows of ``benchmark.calibrate``, of which the best matmul rate of a machine is its own peak; a datasheet's is
-    named as such.
-    """
-    best: dict[str, float] = {}
-    for row in peaks:
-        if row.metric == MATMUL:
-            best[row.machine.slug] = max(best.get(row.machine.slug, 0.0), row.high)
-    lines = []
-    for mine in steps(rows):
-        row, sheet = mine[STEP], nameplate(mine[STEP])
-        share = lambda peak: "" if peak is None or utilisation(mine, peak) is None else f"{utilisation(mine, peak):.1%}"
-        lines.append({
-            "structure": row.structure, "method": row.method, "model": row.at["model"],
-            "tokens/s": f"{rate(mine):,.0f}", "over dense": amount(mine[GAIN].value, "x", mine[GAIN].low, mine[GAIN].high) if GAIN in mine else "",
-            **{part: amount(mine[part].value, "s") if part in mine else "" for part in (STEP, *PARTS)},
-            "of the datasheet's peak": share(sheet and sheet.flops_per_second), "of the measured peak": share(best.get(row.machine.slug)),
-            "measured": measured(row)})
-    frame = unnumbered(pd.DataFrame(lines))
-    empty = [name for name in frame.columns if name.startswith("of the") and not frame[name].any()]
-    return frame.drop(columns=empty)
-
-
-def draw_steps(rows: Iterable[Measurement]) -> Figure:
-    """Milliseconds of a step by part, a bar a kind of step, a panel a machine and model."""
-    panels: dict[str, list[Mapping[str, Measurement]]] = {}
-    for mine in steps(rows):
-        row = mine[STEP]
-        if all(part in mine for part in PARTS):
-            panels.setdefault(f"{row.machine}, {row.origin} {row.date[:10]}: {row.at['model']}, {row.at['batch']} x {row.at['seq']} tokens",
-                              []).append(mine)
-    if not panels:
-        return figures.empty("no step has been taken apart yet")
-    heights = [1.2 + len(group) for group in panels.values()]
-    figure, axes = plt.subplots(len(panels), 1, figsize=(7.6, 0.6 + 0.42 * sum(heights)), squeeze=False, height_ratios=heights)
-    for ax, (title, group) in zip(axes[:, 0], panels.items()):
-        names = [f"{mine[STEP].structure}\n{mine[STEP].method}" if mine[STEP].method != "dense" else "dense" for mine in group]
-        left = np.zeros(len(group))
-        for part in PARTS:
-            widths = 1e3 * np.array([max(0.0, mine[part].value) for mine in group])  # the rest may be below zero by noise
-            ax.barh(range(len(group)), widths, left=left, color=TINTS[part], edgecolor="white", linewidth=0.5, label=part)
-            left += widths
-        for place, (mine, end) in enumerate(zip(group, left)):
-            stale = ", stale" if mine[STEP].stale else ""
-            ax.annotate(f"{rate(mine):,.0f} tokens/s{stale}", (end, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
-        ax.set(yticks=range(len(group)), yticklabels=names, xlabel="milliseconds of a step", title=title, xlim=(0, 1.3 * left.max()))
-        ax.tick_params(axis="y", labelsize=8)
-        ax.invert_yaxis()
-        ax.grid(axis="y", visible=False)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper right", ncols=len(PARTS), fontsize=8)
-    return figure
 
 
 # ---- time to a loss
@@ -150,7 +85,7 @@ class Course:
         return inf
 
 
-KERNELS = {"triton", "cuda", "cusparselt", "gather"}  # words of the methods that multiply by the stored weights alone
+KERNELS = {"triton", "cuda", "cusparselt", "gather", "roll", "factored"}  # words of the methods that multiply by the stored weights alone
 
 
 def courses(rows: Iterable[Measurement]) -> list[Course]:
@@ -180,53 +115,6 @@ def references(found: Iterable[Course]) -> dict[tuple, Course]:
     return best
 
 
-def frontier(rows: Iterable[Measurement]) -> pd.DataFrame:
-    """One line a run: its last loss, its seconds, those to the last loss of the best dense run, and how many times faster
-    than dense it was there; empty where it never was there."""
-    found = courses(rows)
-    best, lines = references(found), []
-    for course in sorted(found, key=lambda course: (course.task, course.seconds[-1])):
-        dense, row = best.get(course.task), course.row
-        goal = dense.losses[-1] if dense else None
-        there = course.seconds_to(goal) if dense else inf
-        lines.append({
-            "run": course.name, "model": row.at["model"], "optimizer": f"{row.at['optimizer']} {row.at['lr']:.2g}", "seed": row.at["seed"],
-            "steps": row.at["step"], f"loss, {row.unit}": round(course.losses[-1], 4), "after": amount(course.seconds[-1], "s"),
-            "to dense's loss": amount(there, "s") if there < inf else "",
-            "over dense": amount(dense.seconds_to(goal) / there, "x") if there < inf else "",
-            "": "masked: no structure's time" if course.masked else "", "measured": measured(row)})
-    return unnumbered(pd.DataFrame(lines))
-
-
-def draw_frontier(rows: Iterable[Measurement], ax: Axes | None = None) -> Axes:
-    """Validation loss against seconds of training, a line a run; dotted what is masked, and level the last loss of the best
-    dense run: who crosses that line left of where dense ends is ahead. One task (machine, model, text), that with most runs."""
-    by_task: dict[tuple, list[Course]] = {}
-    for course in courses(rows):
-        by_task.setdefault(course.task, []).append(course)
-    ax = ax or plt.figure(figsize=(7.4, 4)).add_subplot()
-    if not by_task:
-        ax.text(0.5, 0.5, "no run with its time is recorded yet", ha="center", color="#555555")
-        return ax
-    group = max(by_task.values(), key=len)
-    names = list(dict.fromkeys(course.name for course in group))
-    tints = dict(zip(names, figures.shades(name.split(",")[0] for name in names)))
-    for course in group:
-        label = course.name if course.name in names else None
-        names = [name for name in names if name != course.name]  # seeds share a line in the legend
-        ax.plot(course.seconds[1:], course.losses[1:], ":" if course.masked else "-", color=tints[course.name], label=label,
-                marker=".", markersize=3, linewidth=1 if course.masked else 1.6)
-    dense = references(group).get(group[0].task)
-    if dense:
-        ax.axhline(dense.losses[-1], color=figures.COLOURS["dense"], linewidth=0.8, linestyle="--")
-        ax.axvline(dense.seconds_to(dense.losses[-1]), color=figures.COLOURS["dense"], linewidth=0.8, linestyle="--")
-    row = group[0].row
-    ax.set(xlabel="seconds of training", ylabel=f"{LOSS}, {row.unit}", xscale="log",
-           title=f"{'; '.join(figures.by_machine([course.row for course in group]))}: {row.at['model']}, {row.at['language']}")
-    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    return ax
-
-
 # ---- what must be reached
 
 
@@ -241,7 +129,8 @@ def verdicts(rows: Iterable[Measurement]) -> list[Verdict]:
     return [
         one("162M, dense: share of the datasheet's bf16 peak", 0.35, dense),
         one("162M, block 128, 90% sparse, fused: tokens/s over dense", 1.4, gains(gpu, ("block 128x128 10%",), ("fused",))),
-        one("162M, 2:4 with sparse tensor cores: tokens/s over dense", 1.1, gains(gpu, ("2:4", "transposable 2:4"), ("cusparselt", "cuda"))),
+        one("162M, 2:4 with sparse tensor cores: tokens/s over dense", 1.1,
+            gains(gpu, ("2:4", "transposable 2:4"), ("cusparselt", "cuda"))),
         one("162M, time to dense's last loss over that of a sparse run", 1.0, ahead(rows, "162m")),
         one("CPU, block 64, 90% sparse, wide MLP: steps/s over dense", 1.5, gains(cpu, ("block 64x64 10%",), ("gather",))),
         one("CPU, dense: steps/s over transformers' Trainer", 0.9, trainer),

@@ -151,7 +151,8 @@ def work(model: nn.Module, config: TrainConfig) -> tuple[float, float]:
 def parts(samples: dict[str, Sequence[float]]) -> dict[str, Sequence[float]]:
     """Seconds by part, round by round, from those of the step, of both passes and of the parts of the model."""
     least = lambda whole, *others: [total - sum(some) for total, *some in zip(samples[whole], *(samples[part] for part in others))]
-    return {STEP: samples[STEP], **{part: samples[part] for part in OF_MODEL}, OPTIMIZER: least(STEP, PASSES), REST: least(PASSES, *OF_MODEL)}
+    return {STEP: samples[STEP], **{part: samples[part] for part in OF_MODEL}, OPTIMIZER: least(STEP, PASSES),
+            REST: least(PASSES, *OF_MODEL)}
 
 
 def _calls(model: nn.Module, job: Job, device: torch.device) -> dict[str, Callable[[], object]]:

@@ -34,8 +34,8 @@ def against_trainer(job: Job, record: str = "", rounds: int = 9, steps: int = 6,
     """
     check_int("steps", steps, 2)
     check_int("rounds", rounds, 3)
-    plain = job.dense and (job.config.optimizer, job.config.precision, job.config.micro, job.config.compile) == ("adamw", "float32", 0, False)
-    if not plain:
+    how = job.config.optimizer, job.config.precision, job.config.micro, job.config.compile
+    if not job.dense or how != ("adamw", "float32", 0, False):
         raise ValueError(f"job must be dense with AdamW in float32, not compiled and in whole batches, got {job.name}, {job.config}")
     theirs = _trainer(job, steps + 1)
     with cpu_threads(threads):

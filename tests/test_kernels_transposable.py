@@ -29,6 +29,7 @@ def library(monkeypatch):
         assert transpose_result and alg_id == 3 and dense.shape[1] % 8 == 0
         return (compressed @ dense).T
 
+    monkeypatch.setattr(semi_structured, "SEARCHED", {})
     monkeypatch.setattr(semi_structured, "require_cusparselt", lambda values, shape: None)
     monkeypatch.setattr(torch, "_cslt_compress", compress, raising=False)
     monkeypatch.setattr(torch, "_cslt_sparse_mm", multiply, raising=False)
@@ -57,7 +58,8 @@ def test_products_follow_the_values(library, full):
         expected = PAIRS.kernels("sddmm")["reference"](packed)(dy, x)
         torch.testing.assert_close(plans["sddmm"](dy, x), expected)
         packed.values.mul_(-1.5)  # as an optimizer does
-    assert len(library) == 2, "one search a product and number of tokens"
+    assert PAIRS.kernels("spmm")["cusparselt"](packed)(x).shape == (5, 16)
+    assert len(library) == 2, "one search a shape and number of tokens"
     assert plans["spmm"](x[:0]).shape == (0, 16)
 
 

@@ -11,6 +11,7 @@ from sparsesurvey.structure import Plan, Unavailable, check_activations, check_p
 
 DTYPES = (torch.bfloat16, torch.float16)
 EIGHT = 8  # tokens; what is missing to a multiple is filled up with zeros
+SEARCHED: dict[tuple, dict[int, dict[str, int]]] = {}  # what trained weights have found, by device, dtype and shape, by tokens
 
 
 def require(values: Tensor, shape: tuple[int, int], tile: tuple[int, int]) -> None:
@@ -78,10 +79,10 @@ def trained_plan(values: Tensor, used: Tensor, places: Tensor, shape: tuple[int,
     """Plan of ``x @ W.T`` with weights that are trained: each run reads the values where they are and compresses W anew.
 
     Number ``used[i]`` of the values, flat, is at ``places[i]`` of W, flat; W ``[out, in]`` has at most 2 of every 4 in a row.
-    The algorithm is searched for in the first run with so many tokens.
+    The algorithm is searched for once for every shape and number of tokens: a model has many such weights.
     """
     require_cusparselt(values, shape)
-    values, best = values.detach(), {}
+    values, best = values.detach(), SEARCHED.setdefault((values.device, values.dtype, shape), {})
 
     def run(x: Tensor) -> Tensor:
         check_activations("x", x, shape[1], values)
