@@ -12,7 +12,7 @@ LIBRARY = Path(sparsesurvey.__file__).parent
 MODULES = sorted(LIBRARY.rglob("*.py"))
 NAMES = {path: ".".join(path.relative_to(LIBRARY.parent).with_suffix("").parts).removesuffix(".__init__")
          for path in MODULES}
-LAZY = {"scipy", "triton", "cupy", "cupyx"}  # a structure works without them, except for the kernels that need them
+LAZY = {"scipy", "triton", "cupy", "cupyx", "stk"}  # a structure works without them, except for the kernels that need them
 HANDED = {"scores", "comparing", "pruning", "recipe", "benchmark", "experiments", "linear", "packed", "train", "calibration", "figures",
           "widgets", "scoreboard", "selection", "gated", "gpu", "mlp", "operators", "plans"}  # are handed structures
 
