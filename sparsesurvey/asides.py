@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -31,6 +31,17 @@ if TYPE_CHECKING:
 CHAPTER = "recipes"
 COSINE = "cosine"
 Pairs = Iterable[tuple[Structure, Recipe]]
+
+
+def with_seeds(plan: dict[str, Any], pairs: Pairs, language: Language | None = None, record: str = "") -> dict[str, Any]:
+    """``experiments.preset`` with those of its seeds of which every run is recorded or comes with the package, with the code as it
+    is; with all of them if there is no such seed, which are then trained.
+    """
+    language, pairs = markov() if language is None else language, list(pairs)
+    jobs = {seed: [Job(structure, seed, language, plan["model"], plan["config"], recipe, chapter=CHAPTER)
+                   for structure, recipe in pairs] for seed in plan["seeds"]}
+    known = tuple(seed for seed, mine in jobs.items() if all(job.done(record) or job.shipped() for job in mine))
+    return {**plan, "seeds": known or tuple(plan["seeds"])}
 
 
 def traced(losses: Iterable[Measurement], metric: str, chapter: str = CHAPTER, record: str = "") -> list[Measurement]:

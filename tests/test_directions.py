@@ -109,6 +109,9 @@ def test_traces_are_those_of_the_runs(record):
     pairs = [(Dense(), Recipe()), (Block(8, 8, 0.1), RigL(every=2))]
     losses = recipe_curves(pairs, (0,), config=TINY, **options)
     recipe_curves(pairs[1:], (0,), config=replace(TINY, steps=4, eval_every=2), **options)
+    plan = {"model": "markov", "config": TINY, "seeds": (0, 1)}
+    assert asides.with_seeds(plan, pairs, LANGUAGE, record)["seeds"] == (0,)  # the one that is recorded
+    assert asides.with_seeds(plan, [(NM(2, 4), STE())], LANGUAGE, record) == plan
     flips = traced(losses, "flip rate", record=record)
     assert [row.at["step"] for row in flips] == [4, 8] and flips[0].value > 0
     assert {row.at["step"] for row in traced(losses, "gradient norm", record=record) if row.structure == "dense"} == {4, 8}
