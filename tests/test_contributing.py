@@ -6,14 +6,23 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from sparsesurvey.linear import SparseLinear
+from sparsesurvey.onestep import HOOKS
+from sparsesurvey.recipe import Recipe
+from sparsesurvey.structures import NM
 
 ROOT = Path(__file__).parent.parent
 GUIDE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
 def test_the_example_passes_every_contract_test(tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.S)
+    code, _ = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.S)
     (name,) = re.findall(r"`sparsesurvey/structures/(\w+)\.py`: definition", GUIDE)
     skip = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "sparsesurvey", tmp_path / "sparsesurvey", ignore=skip)
@@ -44,3 +53,19 @@ def test_the_example_of_the_readme_runs():
     found: dict = {}
     exec(textwrap.dedent(code), found)
     assert found["y"].shape == (32, 8)
+
+
+def test_the_recipe_of_the_guide_trains():
+    _, code = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.S)
+    found = {"dataclass": dataclass, "ClassVar": ClassVar, "Recipe": Recipe, "__name__": __name__}
+    exec(textwrap.dedent(code), found)
+    (recipe,) = (kind() for kind in found.values() if isinstance(kind, type) and issubclass(kind, Recipe) and kind is not Recipe)
+    layer = SparseLinear(torch.randn(8, 16, generator=torch.Generator().manual_seed(0)), NM(2, 4), recipe)
+    with torch.no_grad():
+        layer.weight.copy_(layer.weight.flip(1))
+    before = layer.mask.clone()
+    layer.update(9, 20, {})
+    assert torch.equal(layer.mask, before)
+    layer.update(10, 20, {})
+    assert torch.equal(layer.mask, NM(2, 4).mask(layer.weight.detach().abs())) and not torch.equal(layer.mask, before)
+    assert set(recipe.table) == set(HOOKS) and str(recipe) == "every tenth"
