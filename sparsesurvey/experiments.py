@@ -131,6 +131,11 @@ class Job:
         steps, every = self.config.steps, self.config.eval_every
         return sorted({*range(0, steps, every), steps})
 
+    @property
+    def unit(self) -> str:
+        """Of its losses."""
+        return "nats/byte" if self.language.bytes_per_token == 1 else "nats/token"
+
     def at(self, step: int | None = None) -> dict[str, str | int | float]:
         """The settings that stand in a row. ``settings`` is a hash that covers those without a column of their own."""
         config = {key: value for key, value in asdict(self.settings).items() if key not in FREE}
@@ -174,7 +179,6 @@ class Job:
         of torchrun one run had, if it had several; their energy is not known, each counts its own GPU's.
         """
         machine = Machine.current(self.config.device)
-        unit = "nats/byte" if self.language.bytes_per_token == 1 else "nats/token"
         row = lambda metric, of, value, step, **more: Measurement.now(
             metric, of, value, structure=self.name, method=self.method, at={**self.at(step), **more}, source=self.source,
             machine=machine, code=self.code)
@@ -189,7 +193,7 @@ class Job:
             bits = self.language.bits_per_byte(loss)
             if bits is not None:
                 yield row("bits per byte", "bits/byte", bits, step)
-            yield row(LOSS, unit, loss, step)
+            yield row(LOSS, self.unit, loss, step)
 
     def recorded(self, folder: str | Path | None) -> list[Measurement]:
         """The validation losses of this run on this machine that are in the record, by step."""
@@ -435,7 +439,7 @@ def pruned_loss(structure: Structure, score: Score = magnitude, seed: int = 0, l
     density = pruning.prune(pruned, structure, score)
     loss = evaluate(pruned, *windows(language.valid, config.batch * config.eval_batches, config.seq), config.batch)
     at = {**job.at(), "density": round(sum(density.values()) / len(density), 6)}
-    row = Measurement.now(LOSS, next(job.rows(History(valid=[(0, loss)]))).unit, loss, structure=structure,
+    row = Measurement.now(LOSS, job.unit, loss, structure=structure,
                           method=f"{score.__name__}, one shot", at=at,
                           source=f"{SOURCE},sparsesurvey.pruning,{score.__module__},{type(structure).__module__}")
     write_row(row, CHAPTER, record)

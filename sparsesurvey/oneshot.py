@@ -33,7 +33,7 @@ from sparsesurvey.scores import dass, e_sparse, magnitude, ria, wanda
 from sparsesurvey.sparsegpt import sparsegpt
 from sparsesurvey.structure import Structure
 from sparsesurvey.tables import unnumbered
-from sparsesurvey.train import History, TrainConfig, evaluate
+from sparsesurvey.train import TrainConfig, evaluate
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -111,6 +111,12 @@ def text_losses(structures: Iterable[Structure], methods: Mapping[str, Method] =
                                                   record=record, progress=progress)]
 
 
+def trained_as(rows: Iterable[Measurement], way: str) -> list[Measurement]:
+    """Those of models that were trained in one of ``WAYS``; rows from before the decay stood in them are of models with 0.1."""
+    config = WAYS[way]
+    return [row for row in rows if row.at["optimizer"] == config.optimizer and row.at.get("decay", 0.1) == config.weight_decay]
+
+
 def _source(structure: Structure | None, method: Method) -> str:
     if structure is None:
         return SOURCE
@@ -138,8 +144,7 @@ def _measure(job: Job, model: nn.Module, structure: Structure | None, name: str,
         at = {**at, "density": round(prune_model(model, plan, how, batches, progress=False).density, 6)}
     x, y = windows(language.valid, config.batch * config.eval_batches, config.seq)
     loss = evaluate(model, x, y, config.batch, config.device)
-    unit = next(job.rows(History(valid=[(0, loss)]))).unit
-    return Measurement.now(LOSS, unit, loss, structure=str(structure or "dense"), method=name, at=at, source=source,
+    return Measurement.now(LOSS, job.unit, loss, structure=str(structure or "dense"), method=name, at=at, source=source,
                            machine=Machine.current(config.device))
 
 

@@ -64,6 +64,13 @@ def test_a_table_of_one_model_has_no_range(rows):
     assert "(" not in table([row for row in rows if row.at["seed"] == 0]).to_string()
 
 
+def test_a_loss_of_bytes_is_in_nats(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSESURVEY_RUNS", str(tmp_path / "runs"))
+    text = replace(LANGUAGE, bytes_per_token=1.0)
+    made = losses([NM(2, 4)], {"magnitude": magnitude}, language=text, config=TINY, sequences=16, record=str(tmp_path), progress=False)
+    assert {row.unit for row in made} == {"nats/byte"} and all(1 < row.value < 4 for row in made)
+
+
 def test_dass_as_released():
     """Groups along the outputs in gate and up, along the inputs in down; along the inputs the factor of a row is common to all."""
     batches = samples(LANGUAGE.train, 16, 32)
