@@ -45,7 +45,7 @@ from sparsesurvey.structure import Pattern, Structure
 from sparsesurvey.train import ENERGY, FREE, NORM, TIME, History, TrainConfig, evaluate, train
 
 CHAPTER = "training"
-LOOK = 2.0  # seconds between two looks at the runs under way
+LOOK = 5.0  # seconds between two looks at the runs under way
 FUSED = " fused"  # behind the name of a kernel
 LOSS = "validation loss"
 UNITS = {TIME: "s", NORM: "1", ENERGY: "J", FLIPS: "1", DIVERGENCE: "1", EXPLORED: "1"}
