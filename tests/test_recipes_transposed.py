@@ -135,7 +135,7 @@ def test_fst_by_hand():
     assert Transposable(2, 4).holds(layer.mask) and Transposable(2, 4).holds(layer.mask.T)
 
 
-@pytest.mark.parametrize("recipe, draw", [(FST(), mvue24_approximate), (FST(exact=True), mvue24)], ids=str)
+@pytest.mark.parametrize("recipe, draw", [(FST(), mvue24_approximate), (FST(exact=True), mvue24)], ids=["fst", "exact"])
 def test_fst_products(recipe, draw):
     weight, x, dy = random(32, 64), random(16, 64, seed=1), random(16, 32, seed=2)
     layer = SparseLinear(weight, Transposable(4, 8), recipe)
