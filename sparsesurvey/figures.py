@@ -287,7 +287,8 @@ def curves(rows: Iterable[Measurement], floor: float | None = None, ax: Axes | N
         return ax
     if floor is not None:
         ax.axhline(floor, color="black", linewidth=1, linestyle=":")
-        ax.annotate("entropy of the language", (0, floor), xytext=(4, 3), textcoords="offset points", fontsize=8)
+        ax.annotate("entropy of the language", (0, floor), xycoords=("axes fraction", "data"), xytext=(4, 3),
+                    textcoords="offset points", fontsize=8)
     early = min((row.at["tokens"] for row in rows if row.at["tokens"]), default=0)  # before it is the fall from guessing, which hides the rest
     ax.set_ylim(top=1.02 * max(row.value for row in rows if row.at["tokens"] >= early))
     return ax
@@ -314,17 +315,17 @@ def traces(rows: Iterable[Measurement], ax: Axes | None = None) -> Axes:
 
 
 def looks(names: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """A colour and a line style for each name: those of a family share its colour, but many of one family have a colour each."""
+    """A colour and a line style for each name: those of a family share its colour, but where one has many, each has its own."""
     names = list(dict.fromkeys(names))
     found: dict[str, tuple[str, str]] = {}
     for name in names:
         rank = sum(family(other) == family(name) for other in found)
         found[name] = colour(name), ("-", "--", ":", "-.")[rank % 4]
-    kinds = {family(name) for name in names} - {"dense"}
-    if len(kinds) == 1 and len(names) > 5:
+    sizes = [sum(family(name) == kind for name in names) for kind in {family(name) for name in names}]
+    if max(sizes, default=0) > 4:
         palette = [shade for kind, shade in COLOURS.items() if kind != "dense"]
         for rank, name in enumerate(name for name in names if family(name) != "dense"):
-            found[name] = palette[rank % len(palette)], ("-", "--")[rank // len(palette) % 2]
+            found[name] = palette[rank % len(palette)], ("-", "--")[rank % 2]
     return found
 
 

@@ -143,3 +143,9 @@ def test_the_price_is_sorted():
     rows = [loss("dense", 0, 2.0), loss("2:4", 0, 2.3), loss("unstructured 50%", 0, 2.1)]
     labels = [label.get_text() for label in scoreboard.price(gaps(rows)).axes[0].get_yticklabels()]
     assert labels == ["dense", "unstructured 50%", "2:4"]
+
+
+def test_many_of_one_family_have_a_look_each():
+    few, many = ["dense", "2:4", "2:8", "unstructured 50%"], ["dense", "unstructured 50%", *(f"2:4, way {number}" for number in range(9))]
+    assert figures.looks(few)["2:4"][0] == figures.looks(few)["2:8"][0] == figures.colour("2:4")
+    assert len(set(figures.looks(many).values())) == len(many)
