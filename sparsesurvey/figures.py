@@ -260,6 +260,7 @@ def empty(message: str) -> Figure:
     """A figure that says in words why there is nothing to draw."""
     figure = plt.figure(figsize=(7.2, 0.8))
     figure.text(0.5, 0.5, message, ha="center", va="center", color="#555555")
+    figure.add_subplot().set_axis_off()  # IPython shows no figure that has no axes
     return figure
 
 
