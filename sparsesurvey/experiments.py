@@ -29,15 +29,17 @@ from transformers import MistralConfig
 
 from sparsesurvey import checkpoint, parallel, pruning
 from sparsesurvey.causal import without_mask
+from sparsesurvey.compressed import KERNEL, compress_layers
 from sparsesurvey.data import Language, markov, windows
 from sparsesurvey.diagnose import DIVERGENCE, EXPLORED, FLIPS
 from sparsesurvey.factored import factorise
+from sparsesurvey.initial import OURS, WAYS, initialise
 from sparsesurvey.linear import densify, sparsify
 from sparsesurvey.measure import Machine, Measurement, code_of, live
 from sparsesurvey.measure import record as write_row
 from sparsesurvey.measure import recorded as shipped
 from sparsesurvey.mistral import build
-from sparsesurvey.packed import pack_layers
+from sparsesurvey.packed import has_all_three, pack_layers
 from sparsesurvey.recipe import Recipe, Score, spelled
 from sparsesurvey.recipes.static import Static
 from sparsesurvey.scores import magnitude
@@ -61,8 +63,10 @@ class Job:
 
     The model has the vocabulary of the language. A structure without a mask is trained by the values that
     it stores, see ``factored``; its recipe must be ``Static()``.
-    ``kernel`` is "masked", dense products with a mask, or one of the structure's kernels, see ``packed``; with " fused" behind
+    ``kernel`` is "masked", dense products with a mask, or one of the structure's kernels, see ``packed`` and for 2:4 masks that
+    move ``compressed``; with " fused" behind
     its name gate, up and activation are one kernel, and gate and up have one mask, see ``mlp``.
+    ``initial`` is how its first weights are drawn, see ``initial.initialise``.
     """
 
     structure: Structure | None
@@ -74,8 +78,11 @@ class Job:
     kernel: str = "masked"
     chapter: str = CHAPTER  # in whose record its rows are
     code: str = ""  # of ``source``, before anything runs
+    initial: str = OURS
 
     def __post_init__(self) -> None:
+        if self.initial not in WAYS:
+            raise ValueError(f"initial must be one of {', '.join(WAYS)}, got {self.initial!r}")
         device = str(self.config.device).partition(":")[0]
         object.__setattr__(self, "code", self.code or code_of(self.source, device=device))
 
@@ -108,14 +115,21 @@ class Job:
     @property
     def source(self) -> str:
         """The modules whose change makes a curve stale."""
+        base = SOURCE if self.initial == OURS else f"{SOURCE},sparsesurvey.initial"
         if self.dense:
-            return SOURCE
+            return base
         if self.factored:
-            return f"{SOURCE},sparsesurvey.factored,{type(self.structure).__module__}"
+            return f"{base},sparsesurvey.factored,{type(self.structure).__module__}"
         recipe = "".join(f",{module}" for module in sorted(_modules(self.recipe)))
         if self.kernel == "masked":
-            return SOURCE + recipe
-        return f"{SOURCE}{recipe},sparsesurvey.{'mlp' if self.fused else 'packed'},{type(self.structure).__module__}"
+            return base + recipe
+        layer = "compressed" if self.compressed else "mlp" if self.fused else "packed"
+        return f"{base}{recipe},sparsesurvey.{layer},{type(self.structure).__module__}"
+
+    @property
+    def compressed(self) -> bool:
+        """Is a dense weight kept, and compressed anew in every step?"""
+        return self.kernel == KERNEL and not (self.recipe.fixed_mask and has_all_three(self.structure, self.kernel))
 
     @property
     def fused(self) -> bool:
@@ -143,6 +157,8 @@ class Job:
         shown["lr"] = config["muon_lr" if self.config.optimizer == "muon" else "lr"]
         if self.config.precision != "float32":
             shown["precision"] = self.config.precision
+        if self.initial != OURS:
+            shown["initial"] = self.initial
         when = {} if step is None else {"step": step, "tokens": step * self.config.batch * self.config.seq}
         return {"model": self.size, "language": self.language.name, "corpus": self.language.digest[:12],
                 **shown, **when, "settings": _hash([config, "" if self.dense else spelled(self.recipe)], 8)}
@@ -220,7 +236,7 @@ class Job:
     def start(self) -> nn.Module:
         """The model before its first step."""
         named = {"vocab": self.language.vocab} if isinstance(self.model, str) else {}
-        model = build(self.model, self.seed, **named)
+        model = initialise(build(self.model, self.seed, **named), self.initial, self.seed)
         if self.config.compile:
             without_mask(model)
         if self.factored:
@@ -234,7 +250,9 @@ class Job:
 
             return sparse_mlps(model, self.structure, self.kernel.removesuffix(FUSED), self.recipe, self.seed, fused=True)
         sparsify(model, self.structure, self.recipe, seed=self.seed)
-        return model if self.kernel == "masked" else pack_layers(model, self.kernel)
+        if self.kernel == "masked":
+            return model
+        return compress_layers(model) if self.compressed else pack_layers(model, self.kernel)
 
 
 def _modules(recipe: Recipe) -> set[str]:
@@ -414,12 +432,12 @@ def _lock(folder: Path) -> Iterator[None]:
 
 
 def trained(structure: Structure | None = None, seed: int = 0, language: Language | None = None, model: str = "markov",
-            config: TrainConfig = TrainConfig(), recipe: Recipe = Static(), record: str = "") -> nn.Module:
+            config: TrainConfig = TrainConfig(), recipe: Recipe = Static(), record: str = "", initial: str = OURS) -> nn.Module:
     """The model at the end of a run of ``loss_curves``, with plain linear layers; trained now if it is not kept.
 
-    Without a structure it is the dense one.
+    Without a structure it is the dense one. ``initial``: how its first weights are drawn, see ``initial.initialise``.
     """
-    job = Job(structure, seed, markov() if language is None else language, model, config, recipe)
+    job = Job(structure, seed, markov() if language is None else language, model, config, recipe, initial=initial)
     if not (job.checkpoint.exists() and job.done(record)):
         run(job, record)
     made = job.start()

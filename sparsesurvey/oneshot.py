@@ -14,7 +14,7 @@ from functools import partial
 from multiprocessing import get_context
 from resource import RUSAGE_SELF, getrusage
 from time import perf_counter, process_time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -24,6 +24,7 @@ from sparsesurvey.alps import alps
 from sparsesurvey.calibration import calibrate
 from sparsesurvey.data import Language, markov, stdlib, windows
 from sparsesurvey.experiments import LOSS, SOURCE, TEXT, Job, trained
+from sparsesurvey.initial import OURS, TRANSFORMERS
 from sparsesurvey.measure import Machine, Measurement, code_of, live, recorded
 from sparsesurvey.measure import record as write_row
 from sparsesurvey.mistral import build
@@ -58,15 +59,25 @@ LADDER: dict[str, Method] = {  # from Wanda to DaSS, one change at a time
     "Wanda": wanda, "DaSS along the inputs": dass, "DaSS as released, power 0": partial(released, power=0.0),
     "DaSS as released": released, "DaSS as released, power 1": partial(released, power=1.0)}
 
-WAYS: dict[str, TrainConfig] = {  # how the models of bytes were trained
-    "AdamW": replace(TEXT, optimizer="adamw", weight_decay=0.0, eval_every=750, eval_batches=48),
-    "AdamW, decay": replace(TEXT, optimizer="adamw", eval_every=750, eval_batches=48), "Muon": TEXT}
+
+
+class Way(NamedTuple):
+    """How the models of bytes came to be: their training, and how their first weights were drawn (``initial.initialise``)."""
+
+    config: TrainConfig
+    initial: str = OURS
+
+
+ADAMW = replace(TEXT, optimizer="adamw", eval_every=750, eval_batches=48)
+WAYS = {  # torch's own decay of AdamW is 0.01, that of TrainConfig 0.1
+    "AdamW, as transformers": Way(replace(ADAMW, weight_decay=0.01), TRANSFORMERS),
+    "AdamW, width-scaled": Way(ADAMW), "Muon, width-scaled": Way(TEXT)}
 
 
 def losses(structures: Iterable[Structure], methods: Mapping[str, Method] = METHODS, seeds: Sequence[int] = (0,),
            calibrations: Sequence[int] = (0,), language: Language | None = None, model: str = "markov",
            config: TrainConfig = TrainConfig(), sequences: int = 128, record: str = "", reuse: bool = False,
-           progress: bool = True) -> list[Measurement]:
+           progress: bool = True, initial: str = OURS) -> list[Measurement]:
     """Validation loss of the trained model, dense and after pruning by each method under each structure: rows.
 
     Args:
@@ -75,6 +86,7 @@ def losses(structures: Iterable[Structure], methods: Mapping[str, Method] = METH
             long as the ones it was trained on.
         reuse: be content with the rows that come with the package, whichever machine they are of; otherwise what is not in
             the live ones (``record``) is measured, and the model trained if need be.
+        initial: how the model's first weights are drawn.
     """
     language = markov() if language is None else language
     known = [*live(CHAPTER, record), *(recorded(CHAPTER) if reuse else ())]
@@ -85,14 +97,14 @@ def losses(structures: Iterable[Structure], methods: Mapping[str, Method] = METH
     dense: dict[int, nn.Module] = {}
     rows = []
     for seed, calibration, name, structure, method in tqdm(todo, "prune", disable=not progress):
-        job = Job(None, seed, language, model, config, Recipe())
+        job = Job(None, seed, language, model, config, Recipe(), initial=initial)
         at = {**job.at(), "decay": config.weight_decay}
         at |= {"sequences": sequences, "calibration": calibration} if structure else {}
-        source = _source(structure, method)
+        source = _source(structure, method, job.source)
         row = _known(known, str(structure or "dense"), name, at, code_of(source, device=config.device))
         if row is None:
             if seed not in dense:
-                dense = {seed: trained(None, seed, language, model, config, record=record)}  # one at a time
+                dense = {seed: trained(None, seed, language, model, config, record=record, initial=initial)}  # one at a time
             row = _measure(job, deepcopy(dense[seed]).to(config.device), structure, name, method, at, source)
             write_row(row, CHAPTER, record)
         rows.append(row)
@@ -107,21 +119,22 @@ def text_losses(structures: Iterable[Structure], methods: Mapping[str, Method] =
     Calibrated on 128 pieces of 128 bytes. A model takes about two core-minutes to train, a case two core-seconds.
     """
     language, structures = stdlib(), list(structures)
-    return [row for way in ways for row in losses(structures, methods, seeds, calibrations, language, "bytes", WAYS[way],
-                                                  record=record, progress=progress)]
+    return [row for way in ways for row in losses(structures, methods, seeds, calibrations, language, "bytes", WAYS[way].config,
+                                                  record=record, progress=progress, initial=WAYS[way].initial)]
 
 
 def trained_as(rows: Iterable[Measurement], way: str) -> list[Measurement]:
     """Those of models that were trained in one of ``WAYS``; rows from before the decay stood in them are of models with 0.1."""
-    config = WAYS[way]
-    return [row for row in rows if row.at["optimizer"] == config.optimizer and row.at.get("decay", 0.1) == config.weight_decay]
+    config, initial = WAYS[way]
+    mine = config.optimizer, config.weight_decay, initial
+    return [row for row in rows if (row.at["optimizer"], row.at.get("decay", 0.1), row.at.get("initial", OURS)) == mine]
 
 
-def _source(structure: Structure | None, method: Method) -> str:
+def _source(structure: Structure | None, method: Method, base: str = SOURCE) -> str:
     if structure is None:
-        return SOURCE
+        return base
     module = "sparsesurvey.scores" if _is_plan(method) else getattr(method, "func", method).__module__
-    return f"{SOURCE},sparsesurvey.models,{module},{type(structure).__module__}"
+    return f"{base},sparsesurvey.models,{module},{type(structure).__module__}"
 
 
 def _is_plan(method: Method) -> bool:
@@ -149,7 +162,7 @@ def _measure(job: Job, model: nn.Module, structure: Structure | None, name: str,
 
 
 def spreads(seeds: Sequence[int] = (0,), language: Language | None = None, model: str = "markov",
-            config: TrainConfig = TrainConfig(), sequences: int = 128, record: str = "") -> list[Measurement]:
+            config: TrainConfig = TrainConfig(), sequences: int = 128, record: str = "", initial: str = OURS) -> list[Measurement]:
     """How much norms differ within a layer, over calibration tokens: standard deviation over mean, averaged over layers; rows.
 
     Of "inputs", the channels that gate_proj reads, and of "neurons", what it and up_proj make: down_proj's input.
@@ -157,8 +170,8 @@ def spreads(seeds: Sequence[int] = (0,), language: Language | None = None, model
     language = markov() if language is None else language
     rows = []
     for seed in seeds:
-        job = Job(None, seed, language, model, config, Recipe())
-        dense = trained(None, seed, language, model, config, record=record).to(config.device)
+        job = Job(None, seed, language, model, config, Recipe(), initial=initial)
+        dense = trained(None, seed, language, model, config, record=record, initial=initial).to(config.device)
         seen = calibrate(dense, samples(language.train, sequences, config.seq, 0, config.batch), ("gate_proj",),
                          ("output_square",), progress=False)
         for what in ("norms", "output_norms"):
@@ -166,7 +179,7 @@ def spreads(seeds: Sequence[int] = (0,), language: Language | None = None, model
             at = {**job.at(), "decay": config.weight_decay, "sequences": sequences}
             row = Measurement.now("spread", "1", sum(each) / len(each), low=min(each), high=max(each), structure="dense",
                                   method="inputs" if what == "norms" else "neurons", at=at,
-                                  source=f"{SOURCE},sparsesurvey.calibration", machine=Machine.current(config.device))
+                                  source=f"{job.source},sparsesurvey.calibration", machine=Machine.current(config.device))
             write_row(row, CHAPTER, record)
             rows.append(row)
     return rows

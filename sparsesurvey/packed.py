@@ -97,10 +97,14 @@ def pack(weight: Tensor, mask: Tensor, structure: Pattern) -> tuple[Any, Tensor]
 
 def check_kernel(structure: Structure, kernel: str) -> None:
     """Raise ValueError unless the structure has a kernel of that name for all three products."""
-    able = set.intersection(*(set(structure.kernels(product)) for product in PRODUCTS))
-    if kernel not in able:
+    if not has_all_three(structure, kernel):
+        able = (name for name in structure.kernels(PRODUCTS[0]) if has_all_three(structure, name))
         raise ValueError(f"kernel must be one of {', '.join(sorted(able))}, which have all three products of {structure}; "
                          f"got {kernel!r}")
+
+
+def has_all_three(structure: Structure, kernel: str) -> bool:
+    return all(kernel in structure.kernels(product) for product in PRODUCTS)
 
 
 def pack_layers(model: nn.Module, kernel: str) -> nn.Module:

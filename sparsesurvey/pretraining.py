@@ -25,15 +25,17 @@ from transformers import MistralConfig
 
 from sparsesurvey import benchmark, data, measure, mistral, parallel, speed, steptime, targets, trainer
 from sparsesurvey.benchmark import BrokenDevice
+from sparsesurvey.compressed import KERNEL, can_compress
 from sparsesurvey.data import Language
 from sparsesurvey.deadline import OutOfTime, timed_out
 from sparsesurvey.experiments import CHAPTER, FUSED, Job, run
 from sparsesurvey.machine import PACKAGE, Machine
 from sparsesurvey.mlp import can_fuse
+from sparsesurvey.packed import has_all_three
 from sparsesurvey.records import live_folder
 from sparsesurvey.recipe import Recipe
 from sparsesurvey.recipes import FST, SRSTE, SSTE, DenseLast, PruneAndGrow, RigL, Static
-from sparsesurvey.structure import PRODUCTS, Structure, Unavailable
+from sparsesurvey.structure import Structure, Unavailable
 from sparsesurvey.structures import NM, VNM, Block, Butterfly, Diagonal, TileWise, Transposable, Unstructured
 from sparsesurvey.train import Diverged, History, TrainConfig
 
@@ -74,27 +76,29 @@ def wikipedia(folder: str | Path = "") -> Language:
 def best_kernel(structure: Structure | None, recipe: Recipe, device: str) -> str:
     """The kernel to train with: on a GPU ours or cuSPARSELt's, fused if it can be, on a CPU "gather"; else "masked".
 
-    A kernel must have all three products, and the recipe one mask for the whole run.
+    A kernel must have all three products, and the recipe one mask for the whole run; but 2:4 is compressed anew in every step
+    where it has not, see ``compressed``.
     """
-    if structure is None or not recipe.fixed_mask:
+    if structure is None:
         return "masked"
-    able = set.intersection(*(set(structure.kernels(product)) for product in PRODUCTS))
-    words = ("gather",) if device == "cpu" else (*targets.OURS, "cusparselt")
-    name = next((name for name in words if name in able), "masked")
+    words = ("gather",) if device == "cpu" else (*targets.OURS, KERNEL)
+    name = next((name for name in words if recipe.fixed_mask and has_all_three(structure, name)), "masked")
+    if name == "masked" and device != "cpu" and can_compress(structure, recipe):
+        return KERNEL
     return name + FUSED if can_fuse(structure, name) else name
 
 
 def runs(language: Language, model: str = "162m", config: TrainConfig = CONFIG) -> list[Job]:
     """Every run of the campaign, most telling first.
 
-    A structure with kernels for all three products is trained with them, any other and every mask that moves by masked dense
-    products: exact losses, and no speed. The runs of twice the steps have about the time of the dense one, if blocks are twice as fast.
+    A structure with kernels for all three products is trained with them, and 2:4 compressed anew in every step; any other, and
+    every other mask that moves, by masked dense products: exact losses, and no speed. The runs of twice the steps have about the time of the dense one, if blocks are twice as fast.
     """
     def job(structure: Structure | None, recipe: Recipe = Static(), seed: int = 0, **changes) -> Job:
-        kernel = best_kernel(structure, recipe, config.device)
-        if changes.get("optimizer") == "muon":
-            kernel = "masked"  # it wants matrices
-        return Job(structure, seed, language, model, replace(config, **changes), recipe if structure else Recipe(), kernel)
+        made = Job(structure, seed, language, model, replace(config, **changes), recipe if structure else Recipe(),
+                   best_kernel(structure, recipe, config.device))
+        muon = changes.get("optimizer") == "muon"  # it wants matrices, not the kept weights alone
+        return replace(made, kernel="masked", code="") if muon and not made.compressed else made
 
     block = {(side, sparse): Block(side, side, 1 - sparse / 100) for side in (128, 64, 32) for sparse in (50, 75, 90)}
     tall, free, pairs, both = block[128, 90], Unstructured(0.1), NM(2, 4), Transposable(2, 4)

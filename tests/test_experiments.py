@@ -206,6 +206,16 @@ def test_trained_model_and_its_pruned_loss(language):
     assert set(prune(model, NM(2, 4), magnitude).values()) == {0.5}
 
 
+def test_another_start_is_another_run(language):
+    ours, theirs = (Job(None, 0, language, "markov", CONFIG, Recipe(), initial=way) for way in ("ours", "transformers"))
+    assert ours.folder != theirs.folder and "initial" not in ours.at() and theirs.at()["initial"] == "transformers"
+    assert ours.code != theirs.code and theirs.source.endswith("sparsesurvey.initial")
+    assert theirs.start().lm_head.weight.std() < 0.5 * ours.start().lm_head.weight.std()
+    assert trained(None, 0, language, config=CONFIG, initial="transformers").lm_head.weight.std() < 0.05
+    with pytest.raises(ValueError, match="initial must be one of"):
+        Job(None, 0, language, "markov", CONFIG, Recipe(), initial="zeros")
+
+
 def test_trained_sparse_model_is_plain(language):
     model = trained(Block(8, 8, 0.5), language=language, config=CONFIG)
     assert not sparse_layers(model)

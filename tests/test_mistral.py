@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import MistralForCausalLM
 
+from sparsesurvey.initial import initialise
 from sparsesurvey.mistral import PARTS, SHAPES, build, config, flops, parameters, projections, weight_bytes
 
 SIZES = {"7b": 7_241_732_096, "162m": 162_417_408, "5m": 4_984_064, "1m": 1_017_216, "bytes": 357_024,
@@ -66,6 +67,20 @@ def test_initial_scale_follows_the_width():
         weights = torch.cat([layer.weight.flatten() for layer in layers.values()])
         assert weights.std().item() == pytest.approx(expected, rel=0.02)
     assert (model.model.norm.weight == 1).all()
+
+
+def test_weights_as_transformers_draws_them():
+    """Every matrix at 0.02, whatever the width; the head is the embedding; the same for the same seed."""
+    model, again, other = (initialise(build("bytes"), "transformers", seed) for seed in (3, 3, 4))
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2:
+            assert weight.std().item() == pytest.approx(0.02, rel=0.05), name
+    assert (model.model.norm.weight == 1).all() and model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(model.lm_head.weight, again.lm_head.weight) and not torch.equal(model.lm_head.weight, other.lm_head.weight)
+    ours = initialise(build("bytes", 3))
+    assert torch.equal(ours.lm_head.weight, build("bytes", 3).lm_head.weight)
+    with pytest.raises(ValueError, match="initial must be one of ours, transformers, got 'zeros'"):
+        initialise(model, "zeros")
 
 
 @pytest.mark.parametrize("options, message", [

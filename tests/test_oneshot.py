@@ -93,11 +93,14 @@ def test_the_ladder_changes_one_thing_at_a_time():
 
 def test_the_models_of_bytes_are_trained_as_said(monkeypatch):
     asked = []
-    monkeypatch.setattr(oneshot, "losses", lambda *args, **options: asked.append(args) or [len(asked)])
-    assert oneshot.text_losses([NM(2, 4)], {"Wanda": wanda}, ("AdamW", "Muon"), record="here") == [1, 2]
-    structures, methods, seeds, calibrations, languages, sizes, configs = map(list, zip(*asked))
+    monkeypatch.setattr(oneshot, "losses", lambda *args, **options: asked.append((*args, options["initial"])) or [len(asked)])
+    ways = "AdamW, as transformers", "Muon, width-scaled"
+    assert oneshot.text_losses([NM(2, 4)], {"Wanda": wanda}, ways, record="here") == [1, 2]
+    *rest, initial = map(list, zip(*asked))
+    assert initial == ["transformers", "ours"]
+    structures, methods, seeds, calibrations, languages, sizes, configs = rest
     assert structures == [[NM(2, 4)]] * 2 and seeds == [(0, 1, 2)] * 2 and calibrations == [(0,)] * 2 and sizes == ["bytes"] * 2
-    assert [(config.optimizer, config.weight_decay) for config in configs] == [("adamw", 0.0), ("muon", 0.1)]
+    assert [(config.optimizer, config.weight_decay) for config in configs] == [("adamw", 0.01), ("muon", 0.1)]
     assert {config.steps for config in configs} == {1500} and languages[0].bytes_per_token == 1
 
 

@@ -63,7 +63,7 @@ def test_runs_most_telling_first_and_each_once(language):
         settings = each.config
         assert (settings.batch * settings.seq, settings.precision, settings.compile, settings.clip) == (65536, "bfloat16", True, 1.0)
         assert settings.steps * settings.batch * settings.seq < 4 * 42_656_973, "more than four epochs of wiki-en"
-        assert each.kernel == "masked" or each.recipe.fixed_mask and settings.optimizer == "adamw"
+        assert each.kernel == "masked" or each.compressed or each.recipe.fixed_mask and settings.optimizer == "adamw"
     assert sum(each.dense and each.config == CONFIG for each in runs) == 2, "two seeds of the dense model"
     rates = {(each.name, round(each.config.lr / CONFIG.lr, 3)) for each in runs if each.config.optimizer == "adamw"}
     assert {(name, rate) for name in ("dense", "unstructured 10%", "block 128x128 10%") for rate in (0.333, 1.0, 3.0)} <= rates
@@ -78,7 +78,9 @@ def test_a_rehearsal_trains_the_same_runs_small(language):
 
 
 @pytest.mark.parametrize("structure, recipe, device, kernel", [
-    (None, Recipe(), "cuda", "masked"), (Block(128, 128, 0.1), Static(), "cpu", "gather"), (NM(2, 4), Static(), "cuda", "masked"),
+    (None, Recipe(), "cuda", "masked"), (Block(128, 128, 0.1), Static(), "cpu", "gather"), (NM(2, 4), Static(), "cuda", "cusparselt"),
+    (NM(2, 4), pretraining.SRSTE(), "cuda", "cusparselt"), (NM(2, 4), pretraining.SRSTE(), "cpu", "masked"),
+    (pretraining.Transposable(2, 4), pretraining.DenseLast(pretraining.FST()), "cuda", "masked"),
     (Unstructured(0.1), Static(), "cuda", "masked"), (Block(64, 64, 0.1), pretraining.PruneAndGrow(), "cuda", "masked"),
 ])
 def test_best_kernel(structure, recipe, device, kernel):

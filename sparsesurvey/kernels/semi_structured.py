@@ -94,6 +94,18 @@ def trained_plan(values: Tensor, used: Tensor, places: Tensor, shape: tuple[int,
     return run
 
 
+def fresh_product(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight.T`` for a weight ``[out, in]`` with at most 2 of every 4 in a row, which is compressed for this product alone.
+
+    The algorithm is searched for once for every shape and number of tokens.
+    """
+    shape = tuple(weight.shape)
+    require_cusparselt(weight, shape)
+    check_activations("x", x, shape[1], weight)
+    with torch.cuda.device_of(x):
+        return sparse_product(compress(weight.contiguous()), x, shape[0], SEARCHED.setdefault((weight.device, weight.dtype, shape), {}))
+
+
 def sampled_plan(values: Tensor, used: Tensor, places: Tensor, shape: tuple[int, int]) -> Plan:
     """Plan of ``dy.T @ x`` at the places of a weight as ``trained_plan`` has them: here 2:4 skips nothing, the product is dense."""
     require_cusparselt(values, shape)
