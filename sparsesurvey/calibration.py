@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sparsesurvey.forwards import BlockGradients, Gradients, LossGradients, Replay, block_list, last_block, places_of, ready, run
-from sparsesurvey.linear import MLP
+from sparsesurvey.linear import MLP, linear_layers
 from sparsesurvey.structure import check_int, describe
 
 WANT = ("square", "gram", "entropy", "output_square", "gradient")
@@ -108,7 +108,7 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], modules: Iterable[str
             layer has inputs); activations that are not finite; a dead channel; no gated MLP where ``output_square`` is
             wanted, no decoder blocks where ``gradient`` is.
     """
-    layers, batches = linear_layers(model, modules), _check_batches(batches)
+    layers, batches = linear_layers(model, as_names(modules)), _check_batches(batches)
     _check_possible(model, layers, want, dtype, dead, batches)
     if region not in ("block", "model"):
         raise ValueError(f"region must be 'block' or 'model', got {region!r}")
@@ -137,7 +137,7 @@ def layer_by_layer(model: nn.Module, batches: Iterable[Tensor], visit: Callable[
     Raises:
         ValueError: as ``calibrate``, and a model whose layers are not all in one ModuleList of decoder blocks.
     """
-    layers, batches = linear_layers(model, modules), _check_batches(batches)
+    layers, batches = linear_layers(model, as_names(modules)), _check_batches(batches)
     if step not in ("block", "layer"):
         raise ValueError(f"step must be 'block' or 'layer', got {step!r}")
     strange = set(done) - set(layers)
@@ -159,14 +159,9 @@ def layer_by_layer(model: nn.Module, batches: Iterable[Tensor], visit: Callable[
             visit(name, layers[name], watch.inputs(name, dead))
 
 
-def linear_layers(model: nn.Module, modules: Iterable[str] = MLP) -> dict[str, nn.Linear]:
-    """The linear layers whose last name is in ``modules``, by their full names, in order; ValueError if there is none."""
-    modules = (modules,) if isinstance(modules, str) else tuple(modules)
-    chosen = {name: layer for name, layer in model.named_modules()
-              if isinstance(layer, nn.Linear) and name.rpartition(".")[2] in modules}
-    if not chosen:
-        raise ValueError(f"model must have linear layers named {', '.join(modules)}, got a {type(model).__name__} with none")
-    return chosen
+def as_names(modules: str | Iterable[str]) -> tuple[str, ...]:
+    """One name, or several."""
+    return (modules,) if isinstance(modules, str) else tuple(modules)
 
 
 class _Sums:

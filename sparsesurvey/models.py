@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparsesurvey.calibration import Inputs, layer_by_layer, linear_layers
+from sparsesurvey.calibration import Inputs, as_names, layer_by_layer
 from sparsesurvey.data import batch as draw
 from sparsesurvey.finished import Finished, block_of
-from sparsesurvey.linear import MLP
+from sparsesurvey.linear import MLP, linear_layers
 from sparsesurvey.scores import magnitude, wanted
 from sparsesurvey.structure import Pattern, Shape, Structure
 
@@ -205,13 +205,13 @@ def _plan(model: nn.Module, structure: Structure | Plan, method: Method, modules
     if isinstance(structure, Mapping):
         modules, each = tuple(structure), dict(structure)
     else:
-        modules = (modules,) if isinstance(modules, str) else tuple(modules)
+        modules = as_names(modules)
         each = dict.fromkeys(modules, (structure, method))
     layers = linear_layers(model, modules)
     missing = set(modules) - {name.rpartition(".")[2] for name in layers}
     if missing:
         raise ValueError(f"modules must name linear layers of the model, got {', '.join(sorted(missing))}: it has none such")
-    exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    exclude = as_names(exclude)
     for pattern in exclude:
         if not any(fnmatchcase(name, pattern) for name in layers):
             raise ValueError(f"exclude must match layers among {', '.join(modules)}, got {pattern!r}, which matches none")

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from sparsesurvey.calibration import LEAST, WANT, Inputs, calibrate, entropies, inputs_of, layer_by_layer, linear_layers
+from sparsesurvey.calibration import LEAST, WANT, Inputs, calibrate, entropies, inputs_of, layer_by_layer
+from sparsesurvey.mistral import projections
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
          "vocab_size": 64, "max_position_embeddings": 64, "attn_implementation": "sdpa"}
@@ -85,7 +86,7 @@ def test_entropy_does_not_depend_on_the_unit():
 def test_a_pass_gathers_what_went_in(kind):
     model, batches = make(kind), tokens()
     found = calibrate(model, batches, want=("gram", "entropy", "output_square"), dtype=torch.float64, progress=False)
-    assert list(found) == list(linear_layers(model)) and len(found) == 9
+    assert list(found) == list(projections(model)) and len(found) == 9
     for name, inputs in found.items():
         x = seen(model, batches, name).double()
         assert inputs.tokens == len(x) == 96 and inputs.sequences == 6
@@ -167,7 +168,7 @@ def test_what_is_done_is_not_visited_again():
     model, batches = make(), tokens()
     halve = lambda name, layer, inputs: layer.weight.data.mul_(0.5)
     whole = quiet(make(), batches, halve)
-    first = [name for name in linear_layers(model) if "layers.0" in name]
+    first = [name for name in projections(model) if "layers.0" in name]
     for name in first:
         model.get_submodule(name).weight.data.mul_(0.5)  # an earlier session got as far as this
     found = quiet(model, batches, halve, done=first)
@@ -235,7 +236,7 @@ def test_a_plain_network_can_be_calibrated_too():
 
 
 @pytest.mark.parametrize("options, what", [
-    ({"modules": ["fc"]}, "model must have linear layers named fc, got a MistralForCausalLM with none"),
+    ({"modules": ["fc"]}, "modules must name linear layers of the model, got fc: it has none such"),
     ({"want": "gram"}, "want must be some of square, gram"),
     ({"want": ("hessian",)}, "want must be some of square, gram"),
     ({"dtype": torch.float16}, "dtype must be torch.float32 or torch.float64, got torch.float16"),

@@ -17,10 +17,8 @@ from sparsesurvey.structure import Unavailable
 from sparsesurvey.structures import NM, Block, Transposable
 from sparsesurvey.train import TrainConfig, train
 
-CONFIG = TrainConfig(steps=6, batch=2, seq=16, warmup=1, eval_every=3, eval_batches=1)
+CONFIG = TrainConfig(steps=3, batch=2, seq=16, warmup=1, eval_every=3, eval_batches=1)
 STRUCTURES = NM(2, 4), NM(1, 4), Transposable(2, 4)
-CASES = [(structure, recipe) for structure in STRUCTURES for kind in all_recipes().values() for recipe in kind.variants()
-         if can_compress(structure, recipe)]
 
 
 def serves(structure, recipe):
@@ -31,7 +29,15 @@ def serves(structure, recipe):
     return True
 
 
-CASES = [case for case in CASES if serves(*case)]
+def variants(structure):
+    """Of every recipe that serves it, and of 1:4 the first alone."""
+    for kind in all_recipes().values():
+        for recipe in kind.variants()[:1 if structure == NM(1, 4) else None]:
+            if can_compress(structure, recipe) and serves(structure, recipe):
+                yield structure, recipe
+
+
+CASES = [case for structure in STRUCTURES for case in variants(structure)]
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +80,8 @@ def test_it_trains_as_masked_products_do(structure, recipe, language, products):
     for name, weight in masked.state_dict().items():
         torch.testing.assert_close(weight, compressed.state_dict()[name])
     shapes = {(192, 64), (64, 192)}  # a layer's own, and transposed those of the other
-    forward = 6 * 3 + 2 * 3 + 3  # six steps of three layers, and three evaluations
-    assert set(products) == shapes and len(products) == forward + (6 * 3 if in_columns(structure, recipe) else 0)
+    forward = 3 * 3 + 2 * 3  # three steps of three layers, and two evaluations
+    assert set(products) == shapes and len(products) == forward + (3 * 3 if in_columns(structure, recipe) else 0)
 
 
 def test_it_is_compiled_whole(products):
