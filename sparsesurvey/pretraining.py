@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from time import monotonic
 import torch
 from transformers import MistralConfig
 
-from sparsesurvey import benchmark, data, measure, mistral, parallel, speed, steptime, targets, trainer
+from sparsesurvey import benchmark, data, measure, mistral, oneshot, parallel, speed, steptime, targets, trainer
 from sparsesurvey.benchmark import BrokenDevice
 from sparsesurvey.compressed import KERNEL, can_compress
 from sparsesurvey.data import Language
@@ -31,10 +31,12 @@ from sparsesurvey.deadline import OutOfTime, timed_out
 from sparsesurvey.experiments import CHAPTER, FUSED, Job, run
 from sparsesurvey.machine import PACKAGE, Machine
 from sparsesurvey.mlp import can_fuse
+from sparsesurvey.models import Method
 from sparsesurvey.packed import has_all_three
 from sparsesurvey.records import live_folder
 from sparsesurvey.recipe import Recipe
 from sparsesurvey.recipes import FST, SRSTE, SSTE, DenseLast, PruneAndGrow, RigL, Static
+from sparsesurvey.scores import magnitude, wanda
 from sparsesurvey.structure import Structure, Unavailable
 from sparsesurvey.structures import NM, VNM, Block, Butterfly, Diagonal, TileWise, Transposable, Unstructured
 from sparsesurvey.train import Diverged, History, TrainConfig
@@ -48,7 +50,7 @@ MUON = {"optimizer": "muon", "muon_lr": 0.02, "lr": 3e-3}
 REHEARSAL = replace(CONFIG, steps=4, batch=2, seq=16, warmup=1, eval_every=2, eval_batches=1, checkpoint_every=2, device="cpu",
                     precision="float32", chunk=16, compile=False)
 FIRST = 5  # runs before more steps are taken apart
-STEPS = "steps"  # what taking them apart is called where it fails
+STEPS, PRUNING = "steps", "pruning"  # what taking them apart is called where it fails, and pruning the dense model
 DIVERGED = "diverged"  # the metric of a run that has no loss any more: the steps after which it was last validated
 WARM = 90  # seconds that a compiled run takes before its first step
 DISK = 2e8  # bytes a second of a checkpoint that is written
@@ -201,6 +203,20 @@ class Pretraining:
         forget()
 
 
+    def prune(self, job: Job, methods: Mapping[str, Method] = oneshot.METHODS, sequences: int = 128) -> None:
+        """What one-shot pruning costs the dense model that ``job`` has trained, at 2:4 and at 4:8: rows of "pruning"."""
+        if not (job.done(self.record) and job.checkpoint.exists()):
+            return
+        print(f"{PRUNING}: {max(0, self.left):.0f} s left", flush=True)
+        try:
+            oneshot.losses([NM(2, 4), NM(4, 8)], methods, (job.seed,), language=job.language, model=job.model, config=job.config,
+                           sequences=sequences, record=self.record)
+        except Exception as error:
+            self.problems[PRUNING] = f"{type(error).__name__}: {error}".splitlines()[0]
+            check_device(job, PRUNING)
+        forget()
+
+
 def least(job: Job) -> float:
     """Seconds below which a run is not worth starting, for it would leave no checkpoint."""
     if not job.config.compile:
@@ -285,7 +301,7 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--record", default="", help="folder of the rows; by default that of the live rows")
     parser.add_argument("--corpus", default="", help=f"folder with {', '.join(FILES)} (default ${CORPUS})")
     parser.add_argument("--only", default="", help="train the runs with this in their name, see --list")
-    parser.add_argument("--skip", action="append", default=[], help="leave out the run of this name, or \"steps\"; may be repeated")
+    parser.add_argument("--skip", action="append", default=[], help="leave out the run of this name, \"steps\" or \"pruning\"; may be repeated")
     parser.add_argument("--list", action="store_true", help="say what there is to train, and what of it is recorded")
     parser.add_argument("--dry-run", action="store_true", help="a few steps of the 5M model on the CPU: does all of it run?")
     given = parser.parse_args(arguments)
@@ -312,7 +328,7 @@ def jobs_of(device: str, record: str, corpus: str = "", rehearsal: bool = False)
 
 
 def work(made: Pretraining, jobs: Sequence[Job], only: str = "", skip: Sequence[str] = (), rehearsal: bool = False) -> None:
-    """Take steps apart, then train, until the deadline; without what is named in ``skip``, because it broke the device."""
+    """Take steps apart, train, and prune what was trained dense, until the deadline; without what is named in ``skip``, because it broke the device."""
     chosen = [job for job in jobs if only in named(job) and named(job) not in skip]
     apart = not only and STEPS not in skip and parallel.world()[1] == 1
     how = {"rounds": 3, "min_seconds": 1e-3} if rehearsal else {}
@@ -320,6 +336,8 @@ def work(made: Pretraining, jobs: Sequence[Job], only: str = "", skip: Sequence[
     if apart:
         made.take_apart(first, **how)
     made.go_through(chosen[:FIRST])
+    if not only and PRUNING not in skip and parallel.world()[1] == 1:
+        made.prune(jobs[0], **({"methods": {"magnitude": magnitude, "Wanda": wanda}, "sequences": 2 * jobs[0].config.batch} if rehearsal else {}))
     if apart:
         made.take_apart(later, **how)
     made.go_through(chosen[FIRST:])

@@ -345,5 +345,9 @@ def test_the_command_from_end_to_end(tmp_path, monkeypatch, capsys, language):
     rows = live("speed", tmp_path / "rows")
     assert {each.metric for each in rows} == {"step time", "step speedup", "step work", "stored work"}
     assert {each.structure for each in rows} == {"dense", "2:4"}
-    pretraining.main([*command, "--skip", "steps", "--skip", pretraining.named(runs[0])])
+    pruned = {(each.structure, each.method): each for each in live("pruning", tmp_path / "rows")}
+    assert set(pruned) == {("dense", "dense"), *((structure, method) for structure in ("2:4", "4:8") for method in ("magnitude", "Wanda"))}
+    trained = [each for each in live("training", tmp_path / "rows") if each.structure == "dense" and each.metric == "validation loss"]
+    assert pruned["dense", "dense"].value == pytest.approx(trained[-1].value, rel=1e-5), "the model that was trained is what is pruned"
+    pretraining.main([*command, "--skip", "steps", "--skip", "pruning", "--skip", pretraining.named(runs[0])])
     assert "2 of 2 runs are recorded" in capsys.readouterr().out
