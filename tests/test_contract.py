@@ -5,6 +5,7 @@ A new file in ``structures/`` is found and checked with no change here.
 
 import dataclasses
 import math
+from functools import cached_property, lru_cache
 from itertools import product as cross
 
 import pytest
@@ -54,6 +55,35 @@ def few(structure: Structure, dtype: torch.dtype = torch.float32) -> list[Tensor
     single = torch.zeros_like(weight)
     single[-1, -1] = 1
     return [thinned, rows, single, torch.zeros_like(weight)]
+
+
+class Operand:
+    """A packed weight that many checks share, and what they compare with, made once. Nobody may change it."""
+
+    def __init__(self, structure: Structure, weight: Tensor) -> None:
+        self.structure, self.packed = structure, structure.pack(weight)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        return self.structure.unpack(self.packed).dtype
+
+    @cached_property
+    def forward(self) -> Tensor:
+        return self.structure.forward_weight(self.packed).T.double()
+
+    @cached_property
+    def backward(self) -> Tensor:
+        return self.structure.backward_weight(self.packed).double()
+
+    @cached_property
+    def stored(self) -> Tensor:
+        return self.structure.unpack(self.packed._replace(values=torch.ones_like(self.packed.values))) != 0
+
+
+@lru_cache(None)
+def operand(structure: Structure, dtype: torch.dtype = torch.float32, which: int = 0) -> Operand:
+    """Of a member, or of one of the ``few``, from 1."""
+    return Operand(structure, few(structure, dtype)[which - 1] if which else member(structure, dtype))
 
 
 # ---- what it is called
@@ -262,19 +292,17 @@ def operands(structure: Structure, product: str, tokens: int, dtype: torch.dtype
     return {"spmm": (x,), "spmmt": (dy,), "sddmm": (dy, x)}[product]
 
 
-def expected(structure: Structure, packed, product: str, inputs: tuple[Tensor, ...]) -> Tensor:
+def expected(of: Operand, product: str, inputs: tuple[Tensor, ...]) -> Tensor:
     """The product in float64 from the unpacked weight; the weight gradient where something is stored, [out, in], or that
     of the values of a structure without a mask.
     """
     wide = [part.double() for part in inputs]
     if product != "sddmm":
-        weight = structure.forward_weight(packed).T if product == "spmm" else structure.backward_weight(packed)
-        return wide[0] @ weight.double()
-    if has_places(structure):
-        stored = structure.unpack(packed._replace(values=torch.ones_like(packed.values))) != 0
-        return wide[0].T @ wide[1] * stored
-    unpacked = lambda values: structure.unpack(packed._replace(values=values))
-    return torch.autograd.functional.vjp(unpacked, packed.values.double(), wide[0].T @ wide[1])[1]
+        return wide[0] @ (of.forward if product == "spmm" else of.backward)
+    if has_places(of.structure):
+        return wide[0].T @ wide[1] * of.stored
+    unpacked = lambda values: of.structure.unpack(of.packed._replace(values=values))
+    return torch.autograd.functional.vjp(unpacked, of.packed.values.double(), wide[0].T @ wide[1])[1]
 
 
 def has_places(structure: Structure) -> bool:
@@ -290,11 +318,12 @@ def plan_or_skip(structure: Structure, product: str, kernel: str, packed):
         pytest.skip(str(reason))
 
 
-def check(structure, packed, product, run, inputs) -> None:
+def check(of: Operand, product, run, inputs) -> None:
+    structure, packed = of.structure, of.packed
     copies = [part.clone() for part in inputs]
-    got, want = run(*inputs), expected(structure, packed, product, inputs)
+    got, want = run(*inputs), expected(of, product, inputs)
     assert all(torch.equal(part, copy) for part, copy in zip(inputs, copies)), "the input was written to"
-    dtype = structure.unpack(packed).dtype
+    dtype = of.dtype
     assert got.dtype == dtype and not got.requires_grad
     if product == "sddmm":
         assert got.shape == packed.values.shape
@@ -308,22 +337,20 @@ def check(structure, packed, product, run, inputs) -> None:
 @every_kernel
 @every_dtype
 def test_kernels_equal_float64(structure, product, kernel, dtype):
-    for weight in member(structure, dtype), few(structure, dtype)[1]:
-        packed = structure.pack(weight)
-        run = plan_or_skip(structure, product, kernel, packed)
+    for of in operand(structure, dtype), operand(structure, dtype, 2):
+        run = plan_or_skip(structure, product, kernel, of.packed)
         for tokens in 0, 1, 7:
-            check(structure, packed, product, run, operands(structure, product, tokens, dtype))
+            check(of, product, run, operands(structure, product, tokens, dtype))
 
 
 @every_kernel
 def test_kernels_take_any_layout_and_zero_weights(structure, product, kernel):
-    weights = member(structure), *few(structure)[2:]
-    for packed in map(structure.pack, weights):
-        run = plan_or_skip(structure, product, kernel, packed)
+    for of in operand(structure), operand(structure, which=3), operand(structure, which=4):
+        run = plan_or_skip(structure, product, kernel, of.packed)
         inputs = operands(structure, product, 6, torch.float32)
-        check(structure, packed, product, run, tuple(part.T.contiguous().T for part in inputs))
-        check(structure, packed, product, run, tuple(torch.stack([part, part], -1)[::2, :, 0] for part in inputs))
-        check(structure, packed, product, run, tuple(part[:1].expand(5, -1) for part in inputs))
+        check(of, product, run, tuple(part.T.contiguous().T for part in inputs))
+        check(of, product, run, tuple(torch.stack([part, part], -1)[::2, :, 0] for part in inputs))
+        check(of, product, run, tuple(part[:1].expand(5, -1) for part in inputs))
 
 
 @every_kernel
@@ -341,7 +368,7 @@ def test_kernels_return_new_tensors_outside_autograd(structure, product, kernel)
 
 @every_kernel
 def test_kernels_refuse_other_inputs(structure, product, kernel):
-    packed = structure.pack(member(structure))
+    packed = operand(structure).packed
     run = plan_or_skip(structure, product, kernel, packed)
     good = operands(structure, product, 3, torch.float32)
     for number, name in enumerate({"spmm": ["x"], "spmmt": ["dy"], "sddmm": ["dy", "x"]}[product]):
@@ -356,7 +383,7 @@ def test_kernels_refuse_other_inputs(structure, product, kernel):
 
 @every_kernel
 def test_kernels_refuse_a_corrupt_operand(structure, product, kernel):
-    packed = structure.pack(member(structure))
+    packed = operand(structure).packed
     if "shape" not in packed._fields:
         pytest.skip("any values are an operand")
     with pytest.raises((ValueError, Unavailable), match="packed.values|needs"):
