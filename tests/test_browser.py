@@ -23,6 +23,9 @@ PAGES = pages(ROOT)
 WIDTHS = (1280, 390)
 WIDGET_BUNDLE = re.compile(r"embed-amd|require\.js|anywidget\.js|widgets-config|@jupyter-widgets|blob:")
 MOST = 1_700_000  # bytes of a page without the widget bundle, as files, not compressed
+LOADED = """
+[...performance.getEntriesByType("navigation"), ...performance.getEntriesByType("resource")].map(e => [e.name, e.decodedBodySize])
+"""
 LEAST_CONTRAST = 4.5  # WCAG AA
 
 
@@ -84,35 +87,40 @@ def waits_for_math(page) -> int:
     return page.locator(".bd-article .math").count()
 
 
+@pytest.fixture(scope="module")
+def reader(chromium):
+    """A profile that opens one page after the other, and in the middle of each asks for the dark theme."""
+    context = chromium.new_context(viewport={"width": WIDTHS[0], "height": 900})
+    context.set_default_timeout(15_000)
+    yield context
+    context.close()
+
+
 @pytest.mark.parametrize("name", PAGES)
-def test_page_is_whole(page, site, theme, name):
+def test_page_is_whole(reader, watch, site, name):
+    page = reader.new_page()
+    watched = watch(page)
+    page.emulate_media(color_scheme="light")
     visit(page, site, name)
     assert page.locator(".bd-article h1").count() == 1
-    assert page.locator("html").get_attribute("data-theme") == theme
+    assert page.locator("html").get_attribute("data-theme") == "light"
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_function("document.documentElement.dataset.theme === 'dark'")
     waits_for_math(page)
     broken = page.evaluate("[...document.images].filter(i => !(i.complete && i.naturalWidth)).map(i => i.src)")
     assert broken == []
     text = page.locator(".bd-article").inner_text()
     for trace in ("Traceback (most recent call last)", "{cite", "{math}", "<Figure size", "state of the build -->"):
         assert trace not in text
+    counted = {url: size for url, size in page.evaluate(LOADED) if not WIDGET_BUNDLE.search(url)}
+    heaviest = sorted(counted.items(), key=lambda item: -item[1])[:5]
+    assert 50_000 < sum(counted.values()) < MOST, heaviest
     for width in WIDTHS:
         page.set_viewport_size({"width": width, "height": 900})
         over = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
         assert over <= 1, f"at {width} px the page is {over} px too wide"
-
-
-@pytest.mark.parametrize("name", PAGES)
-def test_page_is_light(chromium, site, watch, name):
-    """Bytes of all files that a first visit loads, not compressed, without the widget bundle."""
-    context = chromium.new_context()
-    page = context.new_page()
-    sizes = {}
-    page.on("response", lambda response: sizes.update({response.url: response}))
-    page.goto(f"{site}/{name}.html", wait_until="networkidle")
-    counted = {url: len(response.body()) for url, response in list(sizes.items()) if not WIDGET_BUNDLE.search(url)}
-    heaviest = sorted(counted.items(), key=lambda item: -item[1])[:5]
-    assert sum(counted.values()) < MOST, heaviest
-    context.close()
+    watched.check()
+    page.close()
 
 
 def test_first_page_leads_to_the_book(page, site):
