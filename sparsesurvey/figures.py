@@ -365,6 +365,7 @@ def increases(rows: Iterable[Measurement]) -> np.ndarray:
         ax.set(yticks=range(len(methods)), yticklabels=methods, ylim=(len(methods) - 0.4, -0.6), title=structure,
                xlabel=f"increase of the loss, {rows[0].unit}")
         ax.set_xlim(min(0, ax.get_xlim()[0]), None)
+        ax.locator_params("x", nbins=4)  # their labels would touch
     figure.suptitle("; ".join(by_machine(rows)), fontsize=9)
     return axes[0]
 
