@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import inf
 
 import matplotlib.pyplot as plt
@@ -98,6 +98,18 @@ def frontier(rows: Iterable[Measurement]) -> pd.DataFrame:
     return unnumbered(pd.DataFrame(lines))
 
 
+def lined(group: Sequence[Course]) -> Callable[[Course], str]:
+    """What a run is called among others: its name, with its rate and its steps where they differ between runs."""
+    several = {key for key in ("lr", "steps") if len({course.row.at.get(key) for course in group}) > 1}
+
+    def name(course: Course) -> str:
+        at = course.row.at
+        more = (f", rate {at['lr']:.2g}" if "lr" in several else "") + (f", {at['steps']} steps" if "steps" in several else "")
+        return course.name + more
+
+    return name
+
+
 def draw_frontier(rows: Iterable[Measurement], ax: Axes | None = None) -> Axes:
     """Validation loss against seconds of training, a line a run; dotted what is masked, and level the last loss of the best
     dense run: who crosses that line left of where dense ends is ahead. One task (machine, model, text), that with most runs."""
@@ -109,12 +121,12 @@ def draw_frontier(rows: Iterable[Measurement], ax: Axes | None = None) -> Axes:
         ax.text(0.5, 0.5, "no run with its time is recorded yet", ha="center", color="#555555")
         return ax
     group = max(by_task.values(), key=len)
-    names = list(dict.fromkeys(course.name for course in group))
+    names = list(dict.fromkeys(map(lined(group), group)))
     tints = dict(zip(names, figures.shades(name.split(",")[0] for name in names)))
-    for course in group:
-        label = course.name if course.name in names else None
-        names = [name for name in names if name != course.name]  # seeds share a line in the legend
-        ax.plot(course.seconds[1:], course.losses[1:], ":" if course.masked else "-", color=tints[course.name], label=label,
+    for course, name in zip(group, map(lined(group), group)):
+        label = name if name in names else None
+        names = [other for other in names if other != name]  # seeds share a line in the legend
+        ax.plot(course.seconds[1:], course.losses[1:], ":" if course.masked else "-", color=tints[name], label=label,
                 marker=".", markersize=3, linewidth=1 if course.masked else 1.6)
     dense = references(group).get(group[0].task)
     if dense:
