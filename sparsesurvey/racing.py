@@ -21,22 +21,24 @@ from sparsesurvey.structures import Block
 from sparsesurvey.tables import unnumbered
 from sparsesurvey.train import TrainConfig
 
-CONFIG = TrainConfig(steps=200, batch=4, seq=128, lr=1e-3, warmup=20, eval_every=20, eval_batches=16, checkpoint_every=200)
+CONFIG = TrainConfig(steps=200, batch=4, seq=128, lr=3e-4, warmup=20, eval_every=20, eval_batches=16, checkpoint_every=200)
 
 
 def races(language: Language) -> list[Job]:
     """Runs for one thread of a CPU, a few minutes in all, each with its best kernel: dense, and blocks in a wide MLP.
 
-    Of the sparser one also a run of twice the steps, which is about as long as the dense one. They are to be trained one at a
-    time, on a machine that does nothing else: their seconds are what counts.
+    Of the sparser one also a run of twice the steps, which is about as long as the dense one; all at two learning rates, the dense
+    model at a third, so that it races at its best. They are to be trained one at a time, on a machine that does nothing else:
+    their seconds are what counts.
     """
-    def job(structure: Structure | None, steps: int = CONFIG.steps) -> Job:
+    def job(structure: Structure | None, steps: int = CONFIG.steps, rate: float = CONFIG.lr) -> Job:
         recipe = Static() if structure else Recipe()
-        config = TrainConfig(**{**vars(CONFIG), "steps": steps, "eval_every": steps // 10, "checkpoint_every": steps})
+        config = TrainConfig(**{**vars(CONFIG), "lr": rate, "steps": steps, "eval_every": steps // 10, "checkpoint_every": steps})
         return Job(structure, 0, language, wide(language), config, recipe, best_kernel(structure, recipe, "cpu"), chapter="races")
 
     tenth = Block(64, 64, 0.1)
-    return [job(None), job(Block(64, 64, 0.25)), job(tenth), job(tenth, 2 * CONFIG.steps)]
+    each = (None, CONFIG.steps), (Block(64, 64, 0.25), CONFIG.steps), (tenth, CONFIG.steps), (tenth, 2 * CONFIG.steps)
+    return [job(*one, rate) for rate in (CONFIG.lr, 1e-3) for one in each] + [job(None, rate=1e-4)]
 
 
 def race(record: str = "") -> list[Measurement]:
