@@ -98,6 +98,11 @@ def frontier(rows: Iterable[Measurement]) -> pd.DataFrame:
     return unnumbered(pd.DataFrame(lines))
 
 
+def kind(course: Course) -> tuple[str, object]:
+    """Runs of one kind, which have one colour: at other rates they are pale, as other seeds they are the same."""
+    return course.name, course.row.at.get("steps")
+
+
 def lined(group: Sequence[Course]) -> Callable[[Course], str]:
     """What a run is called among others: its name, with its rate and its steps where they differ between runs."""
     several = {key for key in ("lr", "steps") if len({course.row.at.get(key) for course in group}) > 1}
@@ -112,7 +117,8 @@ def lined(group: Sequence[Course]) -> Callable[[Course], str]:
 
 def draw_frontier(rows: Iterable[Measurement], ax: Axes | None = None) -> Axes:
     """Validation loss against seconds of training, a line a run; dotted what is masked, and level the last loss of the best
-    dense run: who crosses that line left of where dense ends is ahead. One task (machine, model, text), that with most runs."""
+    dense run: who crosses that line left of where dense ends is ahead. Pale are other learning rates than that run's. One task
+    (machine, model, text), that with most runs."""
     by_task: dict[tuple, list[Course]] = {}
     for course in courses(rows):
         by_task.setdefault(course.task, []).append(course)
@@ -121,14 +127,16 @@ def draw_frontier(rows: Iterable[Measurement], ax: Axes | None = None) -> Axes:
         ax.text(0.5, 0.5, "no run with its time is recorded yet", ha="center", color="#555555")
         return ax
     group = max(by_task.values(), key=len)
-    names = list(dict.fromkeys(map(lined(group), group)))
-    tints = dict(zip(names, figures.shades(name.split(",")[0] for name in names)))
-    for course, name in zip(group, map(lined(group), group)):
-        label = name if name in names else None
-        names = [other for other in names if other != name]  # seeds share a line in the legend
-        ax.plot(course.seconds[1:], course.losses[1:], ":" if course.masked else "-", color=tints[name], label=label,
-                marker=".", markersize=3, linewidth=1 if course.masked else 1.6)
     dense = references(group).get(group[0].task)
+    best = dense.row.at.get("lr") if dense else None
+    group.sort(key=lambda course: course.row.at.get("lr") != best)
+    kinds = list(dict.fromkeys(map(kind, group)))
+    tints, told = dict(zip(kinds, figures.shades(name.split(",")[0] for name, _ in kinds))), set()
+    for course, name in zip(group, map(lined(group), group)):
+        ax.plot(course.seconds[1:], course.losses[1:], ":" if course.masked else "-", color=tints[kind(course)],
+                label=None if name in told else name, marker=".", markersize=3, linewidth=1 if course.masked else 1.6,
+                alpha=1 if best in (None, course.row.at.get("lr")) else 0.35)
+        told.add(name)  # seeds share a line in the legend
     if dense:
         ax.axhline(dense.losses[-1], color=figures.COLOURS["dense"], linewidth=0.8, linestyle="--")
         ax.axvline(dense.seconds_to(dense.losses[-1]), color=figures.COLOURS["dense"], linewidth=0.8, linestyle="--")
