@@ -98,7 +98,7 @@ def pack(weight: Tensor, mask: Tensor, structure: Pattern) -> tuple[Any, Tensor]
 def check_kernel(structure: Structure, kernel: str) -> None:
     """Raise ValueError unless the structure has a kernel of that name for all three products."""
     if not has_all_three(structure, kernel):
-        able = (name for name in structure.kernels(PRODUCTS[0]) if has_all_three(structure, name))
+        able = (name for name in structure.kernels(next(iter(PRODUCTS))) if has_all_three(structure, name))
         raise ValueError(f"kernel must be one of {', '.join(sorted(able))}, which have all three products of {structure}; "
                          f"got {kernel!r}")
 
