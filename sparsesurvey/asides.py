@@ -15,7 +15,8 @@ from torch import nn
 from sparsesurvey import checkpoint
 from sparsesurvey.data import Language, markov, windows
 from sparsesurvey.directions import directions
-from sparsesurvey.experiments import Job, run
+from sparsesurvey.experiments import run
+from sparsesurvey.job import Job
 from sparsesurvey.linear import sparse_layers
 from sparsesurvey.measure import Machine, Measurement, code_of, live, recorded, rows
 from sparsesurvey.measure import record as write_row

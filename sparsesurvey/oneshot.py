@@ -23,8 +23,9 @@ from tqdm import tqdm
 from sparsesurvey.alps import alps
 from sparsesurvey.calibration import calibrate
 from sparsesurvey.data import Language, markov, stdlib, windows
-from sparsesurvey.experiments import LOSS, SOURCE, TEXT, Job, trained
+from sparsesurvey.experiments import TEXT, trained
 from sparsesurvey.initial import OURS, TRANSFORMERS
+from sparsesurvey.job import LOSS, SOURCE, Job
 from sparsesurvey.measure import Machine, Measurement, code_of, live, recorded
 from sparsesurvey.measure import record as write_row
 from sparsesurvey.mistral import build

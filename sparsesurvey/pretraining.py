@@ -28,7 +28,8 @@ from sparsesurvey.benchmark import BrokenDevice
 from sparsesurvey.compressed import KERNEL, can_compress
 from sparsesurvey.data import Language
 from sparsesurvey.deadline import OutOfTime, timed_out
-from sparsesurvey.experiments import CHAPTER, FUSED, Job, run
+from sparsesurvey.experiments import run
+from sparsesurvey.job import CHAPTER, FUSED, Job
 from sparsesurvey.machine import PACKAGE, Machine
 from sparsesurvey.mlp import can_fuse
 from sparsesurvey.models import Method
@@ -337,7 +338,7 @@ def work(made: Pretraining, jobs: Sequence[Job], only: str = "", skip: Sequence[
         made.take_apart(first, **how)
     made.go_through(chosen[:FIRST])
     if not only and PRUNING not in skip and parallel.world()[1] == 1:
-        made.prune(jobs[0], **({"methods": {"magnitude": magnitude, "Wanda": wanda}, "sequences": 2 * jobs[0].config.batch} if rehearsal else {}))
+        made.prune(jobs[0], *(({"magnitude": magnitude, "Wanda": wanda}, 2 * jobs[0].config.batch) if rehearsal else ()))
     if apart:
         made.take_apart(later, **how)
     made.go_through(chosen[FIRST:])

@@ -9,7 +9,8 @@ import pandas as pd
 from transformers import MistralConfig
 
 from sparsesurvey.data import Language, stdlib
-from sparsesurvey.experiments import Job, train_all
+from sparsesurvey.experiments import train_all
+from sparsesurvey.job import Job
 from sparsesurvey.linear import MLP
 from sparsesurvey.mistral import flops
 from sparsesurvey.pretraining import best_kernel, wide

@@ -22,7 +22,7 @@ from sparsesurvey import measure
 from sparsesurvey.benchmark import cpu_threads
 from sparsesurvey.data import batch
 from sparsesurvey.device import check_device
-from sparsesurvey.experiments import Job
+from sparsesurvey.job import Job
 from sparsesurvey.linear import densities
 from sparsesurvey.measure import Machine, Measurement, Timing
 from sparsesurvey.mistral import flops

@@ -15,7 +15,7 @@ from typing import Any
 from sparsesurvey.benchmark import cpu_threads
 from sparsesurvey.data import batch
 from sparsesurvey.device import check_device
-from sparsesurvey.experiments import Job
+from sparsesurvey.job import Job
 from sparsesurvey.measure import Measurement, Timing
 from sparsesurvey.speed import TRAINER
 from sparsesurvey.steptime import STEP, Book

@@ -8,7 +8,7 @@ import torch
 
 from sparsesurvey.compressed import RECIPES, CompressedLinear, can_compress, compress_layers, in_columns
 from sparsesurvey.data import markov
-from sparsesurvey.experiments import Job
+from sparsesurvey.job import Job
 from sparsesurvey.kernels import semi_structured
 from sparsesurvey.linear import sparse_layers, sparsify
 from sparsesurvey.mistral import build, config

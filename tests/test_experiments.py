@@ -15,7 +15,8 @@ import torch
 from sparsesurvey import experiments
 from sparsesurvey.checkpoint import load
 from sparsesurvey.data import Language, markov
-from sparsesurvey.experiments import Job, loss_curves, pruned_loss, recipe_curves, trained
+from sparsesurvey.experiments import loss_curves, pruned_loss, recipe_curves, trained
+from sparsesurvey.job import Job
 from sparsesurvey.linear import sparse_layers
 from sparsesurvey.measure import live
 from sparsesurvey.pruning import prune

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from sparsesurvey import checkpoint, experiments
+from sparsesurvey import checkpoint, experiments, job
 from sparsesurvey.data import markov
-from sparsesurvey.experiments import SOURCE, Job, loss_curves, pruned_loss, trained
+from sparsesurvey.experiments import loss_curves, pruned_loss, trained
 from sparsesurvey.factored import FactoredLinear, factorise
+from sparsesurvey.job import SOURCE, Job
 from sparsesurvey.linear import SparseLinear, densify, densities, sparse_layers
 from sparsesurvey.measure import code_of, live
 from sparsesurvey.mistral import build
@@ -255,7 +256,7 @@ def test_rows_say_what_was_trained_and_are_not_trained_again(language, folders, 
     assert {row.source for row in rows} == {f"{SOURCE},sparsesurvey.factored,sparsesurvey.structures.monarch"}
     monkeypatch.setattr(experiments, "train", lambda *_, **__: pytest.fail("trained again"))
     assert curves([structure], language) == rows
-    monkeypatch.setattr(experiments, "shipped", lambda chapter: live(chapter))
+    monkeypatch.setattr(job, "shipped", lambda chapter: live(chapter))
     assert curves([structure], language, record=str(folders / "elsewhere"), reuse=True) == rows
 
 

@@ -15,7 +15,7 @@ import torch
 from sparsesurvey import experiments, mistral, pretraining, speed, steptime, targets, timetoloss
 from sparsesurvey.data import Language, markov
 from sparsesurvey.deadline import OutOfTime
-from sparsesurvey.experiments import Job
+from sparsesurvey.job import Job
 from sparsesurvey.machine import Machine
 from sparsesurvey.measure import Measurement, live
 from sparsesurvey.pretraining import CONFIG, Pretraining
