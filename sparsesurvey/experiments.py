@@ -17,10 +17,11 @@ from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread
 
+import torch
 from torch import nn
 from tqdm import tqdm
 
-from sparsesurvey import checkpoint, pruning
+from sparsesurvey import checkpoint, parallel, pruning
 from sparsesurvey.data import Language, markov, windows
 from sparsesurvey.initial import OURS
 from sparsesurvey.job import CHAPTER, LOSS, SOURCE, Job
