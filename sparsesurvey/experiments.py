@@ -16,6 +16,7 @@ from dataclasses import replace
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import torch
 from torch import nn
