@@ -25,11 +25,16 @@ class BookError(Exception):
 
 @dataclass(frozen=True)
 class Chapter:
-    """A notebook in the table of contents. ``after`` names the chapters whose rows it shows, or is ``("all",)``."""
+    """A notebook in the table of contents.
+
+    ``after`` names the chapters whose rows it shows, or is ``("all",)``. One that is ``alone`` uses every core itself, so
+    that nothing is executed beside it.
+    """
 
     page: str
     source: Path
     after: tuple[str, ...] = ()
+    alone: bool = False
     defaults: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property
@@ -73,17 +78,22 @@ def chapters(root: Path) -> list[Chapter]:
     for page in pages(root):
         source = root / f"{page}.ipynb"
         if source.is_file():
-            found.append(Chapter(page, source, _after(source), execute.defaults(source)))
+            after, alone = _wishes(source)
+            found.append(Chapter(page, source, after, alone, execute.defaults(source)))
     _check_order(found)
     return found
 
 
-def _after(source: Path) -> tuple[str, ...]:
+def _wishes(source: Path) -> tuple[tuple[str, ...], bool]:
+    """What a notebook says about its execution: ``after`` and ``alone`` of a ``Chapter``."""
     try:
-        wish = json.loads(source.read_text(encoding="utf-8"))["metadata"].get("sparsesurvey", {}).get("after", ())
-    except (ValueError, KeyError, TypeError) as error:
+        wishes = json.loads(source.read_text(encoding="utf-8"))["metadata"].get("sparsesurvey", {})
+        after, alone = wishes.get("after", ()), wishes.get("alone", False)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BookError(f"{source.name} is no notebook: {error!r}")
-    return (wish,) if isinstance(wish, str) else tuple(wish)
+    if not isinstance(alone, bool):
+        raise BookError(f"{source.name}: alone must be true or false, got {alone!r}")
+    return (after,) if isinstance(after, str) else tuple(after), alone
 
 
 def _check_order(found: list[Chapter]) -> None:
@@ -257,8 +267,11 @@ class Runner:
         return [outcomes[chapter.name] for chapter in every]
 
     def _begin(self, every: list[Chapter], outcomes: dict[str, Outcome], base: str) -> None:
-        """Settle the chapters that are cached or cannot run, and start as many others as there is room for."""
-        for chapter in every:
+        """Settle the chapters that are cached or cannot run, and start as many others as there is room for.
+
+        Those that run alone come first: others would have to end before they start.
+        """
+        for chapter in sorted(every, key=lambda chapter: not chapter.alone):
             waits = waits_for(chapter, every)
             if chapter.name in outcomes or chapter.name in self.running or not waits <= set(outcomes):
                 continue
@@ -271,6 +284,11 @@ class Runner:
             report = finished(self.target(chapter), wanted)
             if report:
                 outcomes[chapter.name] = Outcome(chapter, cached=True, report=report)
-            elif len(self.running) < self.jobs:
+            elif not self.running or not chapter.alone and self._room():
                 self.start(chapter, wanted)
+            elif chapter.alone:
+                return  # nothing else is started until it has the machine for itself
+
+    def _room(self) -> bool:
+        return len(self.running) < self.jobs and not any(chapter.alone for chapter, *_ in self.running.values())
 

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 PARAMETERS = {"device": "cpu", "preset": "default", "threads": 1}
 
 
-def notebook(*cells, after=None):
+def notebook(*cells, after=None, **wishes):
     """A notebook with a title, the parameters of every chapter and ``cells``: source, or source and tag."""
     made = [new_markdown_cell("# Chapter"), new_code_cell('device = "cpu"\npreset = "default"\nthreads = 1')]
     made[1].metadata["tags"] = ["parameters"]
@@ -37,8 +37,8 @@ def notebook(*cells, after=None):
         made.append(new_code_cell(source, metadata={"tags": tags}))
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     found = new_notebook(cells=made, metadata={"kernelspec": kernel})
-    if after:
-        found.metadata["sparsesurvey"] = {"after": after}
+    if after or wishes:
+        found.metadata["sparsesurvey"] = {**({"after": after} if after else {}), **wishes}
     return found
 
 
@@ -193,6 +193,22 @@ def test_chapters_that_add_rows_to_one_they_wait_for_are_not_executed_again(book
     assert all(outcome.cached for outcome in run(root).values())
     nbformat.write(notebook(add, "print(1)"), root / "notebooks/a.ipynb")
     assert not any(outcome.cached for outcome in run(root).values()), "what they wait for was executed again"
+
+
+def test_nothing_is_executed_beside_a_chapter_that_runs_alone(book):
+    show = "import os, pathlib, time\nmark = pathlib.Path(os.environ['SPARSESURVEY_ROWS']).parent / 'NAME.running'\n"
+    show += "mark.touch()\ntime.sleep(1)\nprint(sorted(path.stem for path in mark.parent.glob('*.running')))\nmark.unlink()"
+    cells = {name: show.replace("NAME", name) for name in "abcd"}
+    root = book(a=notebook(cells["a"]), b=notebook(cells["b"], after=["a"], alone=True), c=notebook(cells["c"]),
+                d=notebook(cells["d"], alone=True))
+    assert not any(outcome.error for outcome in run(root).values())
+    assert [outputs(root, name)[0].text for name in "bd"] == ["['b']\n", "['d']\n"]
+
+
+def test_alone_is_true_or_false(book):
+    root = book(a=notebook("print(1)", alone="yes"))
+    with pytest.raises(BookError, match="a.ipynb: alone must be true or false, got 'yes'"):
+        chapters.chapters(root)
 
 
 def test_a_failed_chapter_leaves_the_last_executed_one_as_it_was(book):

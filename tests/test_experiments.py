@@ -15,7 +15,7 @@ import torch
 from sparsesurvey import experiments
 from sparsesurvey.checkpoint import load
 from sparsesurvey.data import Language, markov
-from sparsesurvey.experiments import loss_curves, pruned_loss, recipe_curves, trained
+from sparsesurvey.experiments import TOGETHER, loss_curves, pruned_loss, recipe_curves, trained
 from sparsesurvey.job import Job
 from sparsesurvey.linear import sparse_layers
 from sparsesurvey.measure import live
@@ -56,8 +56,26 @@ def test_rows_of_a_curve(language):
     assert rows[1].at["tokens"] == 3 * 4 * 16 and rows[0].at["corpus"] == language.digest[:12]
     beside = {row.metric: row for row in live("training") if row.metric != "validation loss"}
     assert {row.key for row in live("training") if row.metric == "validation loss"} == {row.key for row in rows}
-    assert {metric: row.unit for metric, row in beside.items()} == {"training time": "s", "gradient norm": "1"}
+    assert {metric: row.unit for metric, row in beside.items()} == {"training time": "s", "gradient norm": "1", TOGETHER: "s"}
     assert beside["training time"].at["beside"] == 1 and "beside" not in beside["gradient norm"].at
+
+
+def test_the_time_of_all_runs_is_recorded_once_they_were_all_trained(language):
+    begun = time.perf_counter()
+    curves([Dense(), NM(2, 4)], language)
+    most = time.perf_counter() - begun
+    curves([Dense(), NM(2, 4), NM(1, 4)], language)  # one of three
+    waited, = (row for row in live("training") if row.metric == TOGETHER)
+    steps = sum(row.value for row in live("training") if row.metric == "training time" and row.at["step"] == 6
+                and row.structure != "1:4")
+    assert (waited.structure, waited.at["runs"], waited.at["beside"]) == ("dense, 2:4", 2, 1) and steps < waited.value < most
+
+
+@pytest.mark.parametrize("name", ["quick", "default", "full"])
+def test_each_preset_has_a_live_one(name):
+    live_one, other = experiments.preset(f"live {name}"), experiments.preset(name)
+    tokens = [plan["config"].steps * plan["config"].batch * plan["config"].seq for plan in (live_one, other)]
+    assert (live_one["model"], live_one["seeds"]) == (other["model"], other["seeds"]) and tokens[0] <= tokens[1]
 
 
 def test_rows_of_recipes_have_a_record_of_their_own(language):
