@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from resource import RUSAGE_SELF, getrusage
+from statistics import median
 from time import perf_counter, process_time
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -33,7 +34,7 @@ from sparsesurvey.models import Method, Plan, describe, prune_model, samples
 from sparsesurvey.recipe import Recipe
 from sparsesurvey.scores import dass, e_sparse, magnitude, ria, wanda
 from sparsesurvey.sparsegpt import sparsegpt
-from sparsesurvey.structure import Structure
+from sparsesurvey.structure import Structure, check_int
 from sparsesurvey.tables import unnumbered
 from sparsesurvey.train import TrainConfig, evaluate
 
@@ -70,8 +71,10 @@ class Way(NamedTuple):
 
 
 ADAMW = replace(TEXT, optimizer="adamw", eval_every=750, eval_batches=48)
-WAYS = {  # torch's own decay of AdamW is 0.01, that of TrainConfig 0.1
-    "AdamW, as transformers": Way(replace(ADAMW, weight_decay=0.01), TRANSFORMERS),
+PLAIN = replace(ADAMW, weight_decay=0.01)  # torch's own decay of AdamW; that of TrainConfig is 0.1
+WAYS = {
+    "AdamW at 0.0045, as transformers": Way(replace(PLAIN, lr=4.5e-3), TRANSFORMERS),
+    "AdamW, as transformers": Way(PLAIN, TRANSFORMERS),
     "AdamW, width-scaled": Way(ADAMW), "Muon, width-scaled": Way(TEXT)}
 
 
@@ -127,8 +130,9 @@ def text_losses(structures: Iterable[Structure], methods: Mapping[str, Method] =
 def trained_as(rows: Iterable[Measurement], way: str) -> list[Measurement]:
     """Those of models that were trained in one of ``WAYS``; rows from before the decay stood in them are of models with 0.1."""
     config, initial = WAYS[way]
-    mine = config.optimizer, config.weight_decay, initial
-    return [row for row in rows if (row.at["optimizer"], row.at.get("decay", 0.1), row.at.get("initial", OURS)) == mine]
+    mine = config.optimizer, config.muon_lr if config.optimizer == "muon" else config.lr, config.weight_decay, initial
+    of = lambda row: (row.at["optimizer"], row.at["lr"], row.at.get("decay", 0.1), row.at.get("initial", OURS))
+    return [row for row in rows if of(row) == mine]
 
 
 def _source(structure: Structure | None, method: Method, base: str = SOURCE) -> str:
@@ -187,47 +191,53 @@ def spreads(seeds: Sequence[int] = (0,), language: Language | None = None, model
 
 
 def pruning_time(method: Method, structure: Structure, model: str = "162m", sequences: int = 16, length: int = 512,
-                 threads: int | None = None, record: str = "") -> tuple[Measurement, ...]:
+                 threads: int | None = None, tries: int = 1, record: str = "") -> tuple[Measurement, ...]:
     """Time to prune a model of random weights on random tokens, by the clock and of the processor (all cores together), and
-    the most memory that it takes, in a process of its own: rows.
+    the most memory that it takes, in a process of its own: rows, the median of ``tries`` with the least and the most.
 
     None of it depends on what the weights are. On a machine with other work the processor's time tells more: over the
     cores, it is the clock's on a quiet one at best.
     """
+    check_int("tries", tries, 1)
     threads = torch.get_num_threads() if threads is None else threads
-    with ProcessPoolExecutor(1, get_context("spawn")) as alone:
-        rows = alone.submit(_pruning_time, method, structure, model, sequences, length, threads).result()
-    for row in rows:
-        write_row(row, CHAPTER, record)
-    return rows
+    at = {"model": model, "sequences": sequences, "length": length, "threads": threads, "tries": tries}
+    found = []
+    for _ in range(tries):
+        with ProcessPoolExecutor(1, get_context("spawn")) as alone:
+            found.append(alone.submit(_pruning_time, method, structure, model, sequences, length, threads).result())
+    at["weights"] = found[0]["weights"]
+    rows = []
+    for metric, unit in (("time to prune", "s"), ("processor time to prune", "s"), ("peak memory", "B")):
+        values = [each[metric] for each in found]
+        rows.append(Measurement.now(metric, unit, median(values), low=min(values), high=max(values), structure=structure,
+                                    method=describe(method), at=at, source=_source(structure, method)))
+        write_row(rows[-1], CHAPTER, record)
+    return tuple(rows)
 
 
-def _pruning_time(method: Method, structure: Structure, model: str, sequences: int, length: int,
-                  threads: int) -> tuple[Measurement, ...]:
+def _pruning_time(method: Method, structure: Structure, model: str, sequences: int, length: int, threads: int) -> dict[str, float]:
     torch.set_num_threads(threads)
     made = build(model).eval()
     generator = torch.Generator().manual_seed(0)
     batches = list(torch.randint(made.config.vocab_size, (sequences, 1, length), generator=generator))
-    at = {"model": model, "sequences": sequences, "length": length, "threads": threads,
-          "weights": sum(weight.nbytes for weight in made.parameters())}
+    weights = sum(weight.nbytes for weight in made.parameters())
     plan, how = (method(structure), magnitude) if _is_plan(method) else (structure, method)
     start, busy = perf_counter(), process_time()
     prune_model(made, plan, how, batches, progress=False)
-    seconds, busy = perf_counter() - start, process_time() - busy
-    peak = getrusage(RUSAGE_SELF).ru_maxrss * 1024
-    return tuple(Measurement.now(metric, unit, value, structure=structure, method=describe(method), at=at, source=_source(structure, method))
-                 for metric, unit, value in (("time to prune", "s", seconds), ("processor time to prune", "s", busy), ("peak memory", "B", peak)))
+    return {"time to prune": perf_counter() - start, "processor time to prune": process_time() - busy,
+            "peak memory": getrusage(RUSAGE_SELF).ru_maxrss * 1024, "weights": weights}
 
 
 def increases(rows: Iterable[Measurement]) -> dict[tuple[str, str], dict[tuple[int, int], float]]:
     """By (method, structure), then by (seed of the model, of the calibration): the loss above the same model's, dense."""
     rows = [row for row in rows if row.metric == LOSS]
-    dense = {row.at["settings"]: row.value for row in rows if row.structure == "dense"}  # its hash covers the seed
+    trained_there = lambda row: (row.machine.slug, row.at["settings"])  # a hash that covers the seed
+    dense = {trained_there(row): row.value for row in rows if row.structure == "dense"}
     found: dict[tuple[str, str], dict[tuple[int, int], float]] = {}
     for row in rows:
         if row.structure != "dense":
             place = row.at["seed"], row.at["calibration"]
-            found.setdefault((row.method, row.structure), {})[place] = row.value - dense[row.at["settings"]]
+            found.setdefault((row.method, row.structure), {})[place] = row.value - dense[trained_there(row)]
     return found
 
 

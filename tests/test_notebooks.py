@@ -41,7 +41,7 @@ def test_is_a_valid_notebook_for_the_plain_python_kernel(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     assert notebook.metadata.kernelspec.name == "python3"
-    assert set(notebook.metadata.get("sparsesurvey", {})) <= {"after"}
+    assert set(notebook.metadata.get("sparsesurvey", {})) <= {"after", "alone"}
 
 
 @each

@@ -1,12 +1,15 @@
 """One-shot pruning as rows, and what is read off them."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from sparsesurvey import figures, oneshot
 from sparsesurvey.data import markov
+from sparsesurvey.job import LOSS
+from sparsesurvey.measure import recorded
 from sparsesurvey.mistral import build
 from sparsesurvey.models import prune_model, samples
 from sparsesurvey.oneshot import LADDER, in_order, increases, losses, noise, pruning_time, released, table
@@ -94,14 +97,35 @@ def test_the_ladder_changes_one_thing_at_a_time():
 def test_the_models_of_bytes_are_trained_as_said(monkeypatch):
     asked = []
     monkeypatch.setattr(oneshot, "losses", lambda *args, **options: asked.append((*args, options["initial"])) or [len(asked)])
-    ways = "AdamW, as transformers", "Muon, width-scaled"
+    ways = "AdamW at 0.0045, as transformers", "Muon, width-scaled"
     assert oneshot.text_losses([NM(2, 4)], {"Wanda": wanda}, ways, record="here") == [1, 2]
     *rest, initial = map(list, zip(*asked))
     assert initial == ["transformers", "ours"]
     structures, methods, seeds, calibrations, languages, sizes, configs = rest
     assert structures == [[NM(2, 4)]] * 2 and seeds == [(0, 1, 2)] * 2 and calibrations == [(0,)] * 2 and sizes == ["bytes"] * 2
-    assert [(config.optimizer, config.weight_decay) for config in configs] == [("adamw", 0.01), ("muon", 0.1)]
+    assert [(config.optimizer, config.lr, config.weight_decay) for config in configs] == [("adamw", 4.5e-3, 0.01), ("muon", 3e-3, 0.1)]
     assert {config.steps for config in configs} == {1500} and languages[0].bytes_per_token == 1
+
+
+def test_rows_are_told_apart_by_how_their_model_was_trained():
+    rows = {}
+    for way, (config, initial) in oneshot.WAYS.items():
+        job = oneshot.Job(None, 0, LANGUAGE, "bytes", config, oneshot.Recipe(), initial=initial)
+        rows[way] = SimpleNamespace(at={**job.at(), "decay": config.weight_decay})
+    for way, row in rows.items():
+        assert oneshot.trained_as(rows.values(), way) == [row]
+
+
+def test_what_the_chapter_says_of_the_order_is_in_the_rows():
+    """Each method loses less than the one before it, in every recorded model of the first way, at both patterns; E-Sparse
+    and RIA in the first three of five only."""
+    rows = [row for row in recorded("pruning") if row.at.get("model") == "bytes" and row.at.get("calibration", 0) == 0]
+    mine = oneshot.trained_as([row for row in rows if row.metric == LOSS and row.structure in ("dense", "2:4", "4:8")], list(oneshot.WAYS)[0])
+    order = ["magnitude", "Wanda", "E-Sparse", "RIA", "DaSS as released", "SparseGPT", "ALPS"]
+    three = oneshot.in_order([row for row in mine if row.at["seed"] < 3], order)
+    assert len(three) == 12 and (three["models"] == 3).all() and (three["as expected"] == 3).all()
+    five = oneshot.in_order(mine, order)
+    assert (five["models"] == 5).all() and (five["as expected"] == 5)[five["better"] != "RIA"].all()
 
 
 def test_spreads_of_norms(tmp_path, monkeypatch):
@@ -112,7 +136,8 @@ def test_spreads_of_norms(tmp_path, monkeypatch):
 
 
 def test_time_and_memory_are_rows(tmp_path):
-    seconds, busy, memory = pruning_time(wanda, NM(2, 4), "markov", 4, 32, record=str(tmp_path))
+    seconds, busy, memory = pruning_time(wanda, NM(2, 4), "markov", 4, 32, tries=2, record=str(tmp_path))
+    assert seconds.low < seconds.value < seconds.high and seconds.at["tries"] == 2
     assert seconds.unit == busy.unit == "s" and memory.value > seconds.at["weights"] and seconds.method == "wanda"
     assert len(list(tmp_path.rglob("pruning.jsonl"))) == 1
 
