@@ -141,10 +141,10 @@ def train_all(jobs: Sequence[Job], record: str = "", workers: int | None = None,
 
 def _write_together(jobs: Sequence[Job], seconds: float, workers: int, folder: str) -> None:
     """Record what somebody waited for: all runs by the clock, the start of their processes included."""
-    first, names = jobs[0], dict.fromkeys(job.name for job in jobs)
+    first, structures = jobs[0], len({job.name for job in jobs})
     at = {"model": first.size, "language": first.language.name, "steps": first.config.steps, "batch": first.config.batch,
           "runs": len(jobs), "beside": max(1, workers)}
-    row = Measurement.now(TOGETHER, "s", seconds, structure=", ".join(names), method="all", at=at, source=SOURCE,
+    row = Measurement.now(TOGETHER, "s", seconds, structure=f"{structures} structure{'s'[:structures - 1]}", method="all", at=at, source=SOURCE,
                           machine=Machine.current(first.config.device))
     write_row(row, first.chapter, folder)
 

@@ -83,6 +83,18 @@ def test_weights_as_transformers_draws_them():
         initialise(model, "zeros")
 
 
+def test_weights_of_transformers_are_spread_as_its_own():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        fresh = MistralForCausalLM(config("bytes"))
+    for (name, theirs), ours in zip(fresh.named_parameters(), initialise(build("bytes"), "transformers").parameters()):
+        if theirs.dim() == 2:  # at least 9216 draws: a standard deviation is known to 0.7 %
+            torch.testing.assert_close(ours.std(), theirs.std(), rtol=0.05, atol=0, msg=name)
+            assert abs(ours.mean()) < 0.001 and abs(theirs.mean()) < 0.001, name
+        else:
+            assert torch.equal(ours, theirs), name
+
+
 @pytest.mark.parametrize("options, message", [
     ({"name": "tiny"}, "name must be one of 7b, 162m, .*, got 'tiny'"),
     ({"name": "162m", "kv_heads": 5}, "kv_heads must divide the 12 heads of '162m', got 5"),
