@@ -284,11 +284,13 @@ class Runner:
             report = finished(self.target(chapter), wanted)
             if report:
                 outcomes[chapter.name] = Outcome(chapter, cached=True, report=report)
-            elif not self.running or not chapter.alone and self._room():
+            elif self._room(chapter):
                 self.start(chapter, wanted)
             elif chapter.alone:
                 return  # nothing else is started until it has the machine for itself
 
-    def _room(self) -> bool:
-        return len(self.running) < self.jobs and not any(chapter.alone for chapter, *_ in self.running.values())
+    def _room(self, chapter: Chapter) -> bool:
+        """May it start beside those that run now?"""
+        alone = chapter.alone or any(other.alone for other, *_ in self.running.values())
+        return not self.running if alone else len(self.running) < self.jobs
 

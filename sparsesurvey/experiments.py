@@ -36,8 +36,8 @@ from sparsesurvey.scores import magnitude
 from sparsesurvey.structure import Structure
 from sparsesurvey.train import History, TrainConfig, evaluate, train
 
-LOOK = 5.0  # seconds between two looks at the runs under way, at least;
-SHARE = 0.04  # of the time may be spent on looking: it takes a core from a run
+LOOK = 5.0  # seconds between two looks at the runs under way, at least
+SHARE = 0.04  # of the time that looking may take: it takes a core from a run
 TOGETHER = "time of all runs"
 TEXT = TrainConfig(steps=1500, batch=8, seq=128, optimizer="muon", lr=3e-3, warmup=50, eval_every=150, eval_batches=32,
                    checkpoint_every=150)
@@ -133,7 +133,7 @@ def train_all(jobs: Sequence[Job], record: str = "", workers: int | None = None,
             run(job, record, watch=lambda history: tell())
     else:
         _side_by_side(todo, record, workers, progress, tell)
-    if fresh:
+    if fresh and parallel.first():
         _write_together(jobs, perf_counter() - begun, workers, record)
     tell()
     return [row for job in jobs for row in held.get(job) or job.recorded(record)]
@@ -141,11 +141,11 @@ def train_all(jobs: Sequence[Job], record: str = "", workers: int | None = None,
 
 def _write_together(jobs: Sequence[Job], seconds: float, workers: int, folder: str) -> None:
     """Record what somebody waited for: all runs by the clock, the start of their processes included."""
-    first, structures = jobs[0], len({job.name for job in jobs})
-    at = {"model": first.size, "language": first.language.name, "steps": first.config.steps, "batch": first.config.batch,
-          "runs": len(jobs), "beside": max(1, workers)}
-    row = Measurement.now(TOGETHER, "s", seconds, structure=f"{structures} structure{'s'[:structures - 1]}", method="all", at=at, source=SOURCE,
-                          machine=Machine.current(first.config.device))
+    first, structures = jobs[0], {job.name for job in jobs}
+    at = {**first.at(), "runs": len(jobs), "beside": max(1, workers)}
+    del at["seed"]
+    row = Measurement.now(TOGETHER, "s", seconds, structure=f"{len(structures)} structures" if len(structures) > 1 else first.name,
+                          method="all", at=at, source=SOURCE, machine=Machine.current(first.config.device))
     write_row(row, first.chapter, folder)
 
 

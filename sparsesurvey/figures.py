@@ -16,7 +16,7 @@ from sparsesurvey.measure import Timing
 from sparsesurvey.records import Measurement
 from sparsesurvey.roofline import Roofline
 from sparsesurvey.structure import Shape, Structure
-from sparsesurvey.tables import called
+from sparsesurvey.tables import above_dense, called
 
 # The families that most figures show have Okabe and Ito's palette, which readers with any colour vision tell apart; nobody
 # tells twenty colours apart, so figures of all structures name every line.
@@ -350,15 +350,14 @@ def final_losses(rows: Iterable[Measurement], ax: Axes | None = None) -> Axes:
 def increases(rows: Iterable[Measurement]) -> np.ndarray:
     """What pruning by each method costs, from rows of ``oneshot.losses``: a panel a structure, a dot a run, a bar at the mean."""
     rows = list(rows)
-    dense = {row.at["settings"]: row.value for row in rows if row.structure == "dense"}
-    pruned = [row for row in rows if row.structure != "dense"]
+    pruned = above_dense(rows)
     if not pruned:
         return np.array(empty("no rows of pruned models").axes)
-    structures, methods = (list(dict.fromkeys(names)) for names in zip(*((row.structure, row.method) for row in pruned)))
+    structures, methods = (list(dict.fromkeys(names)) for names in zip(*((row.structure, row.method) for row, _ in pruned)))
     figure, axes = plt.subplots(1, len(structures), figsize=(8, 1.2 + 0.3 * len(methods)), sharey=True, squeeze=False)
     for ax, structure in zip(axes[0], structures):
         for place, method in enumerate(methods):
-            values = [row.value - dense[row.at["settings"]] for row in pruned if (row.structure, row.method) == (structure, method)]
+            values = [above for row, above in pruned if (row.structure, row.method) == (structure, method)]
             ax.plot(values, np.full(len(values), place), "o", color=colour(structure), alpha=0.7, markersize=5)
             if values:
                 ax.plot([np.mean(values)] * 2, [place - 0.3, place + 0.3], color=colour(structure), linewidth=2)

@@ -29,19 +29,21 @@ from sparsesurvey.initial import OURS, TRANSFORMERS
 from sparsesurvey.job import LOSS, SOURCE, Job
 from sparsesurvey.measure import Machine, Measurement, code_of, live, recorded
 from sparsesurvey.measure import record as write_row
-from sparsesurvey.mistral import build
+from sparsesurvey.mistral import build, weight_bytes
+from sparsesurvey.mistral import config as shape_of
 from sparsesurvey.models import Method, Plan, describe, prune_model, samples
 from sparsesurvey.recipe import Recipe
 from sparsesurvey.scores import dass, e_sparse, magnitude, ria, wanda
 from sparsesurvey.sparsegpt import sparsegpt
 from sparsesurvey.structure import Structure, check_int
-from sparsesurvey.tables import unnumbered
+from sparsesurvey.tables import above_dense, unnumbered
 from sparsesurvey.train import TrainConfig, evaluate
 
 if TYPE_CHECKING:
     import pandas as pd
 
 CHAPTER = "pruning"
+COSTS = {"time to prune": "s", "processor time to prune": "s", "peak memory": "B"}
 
 
 def released(structure: Structure, power: float = 0.5) -> Plan:
@@ -74,7 +76,7 @@ ADAMW = replace(TEXT, optimizer="adamw", eval_every=750, eval_batches=48)
 PLAIN = replace(ADAMW, weight_decay=0.01)  # torch's own decay of AdamW; that of TrainConfig is 0.1
 WAYS = {
     "AdamW at 0.0045, as transformers": Way(replace(PLAIN, lr=4.5e-3), TRANSFORMERS),
-    "AdamW, as transformers": Way(PLAIN, TRANSFORMERS),
+    "AdamW at 0.003, as transformers": Way(PLAIN, TRANSFORMERS),
     "AdamW, width-scaled": Way(ADAMW), "Muon, width-scaled": Way(TEXT)}
 
 
@@ -200,44 +202,37 @@ def pruning_time(method: Method, structure: Structure, model: str = "162m", sequ
     """
     check_int("tries", tries, 1)
     threads = torch.get_num_threads() if threads is None else threads
-    at = {"model": model, "sequences": sequences, "length": length, "threads": threads, "tries": tries}
+    at = {"model": model, "sequences": sequences, "length": length, "threads": threads, "tries": tries,
+          "weights": sum(weight_bytes(shape_of(model), itemsize=4).values())}
     found = []
     for _ in range(tries):
         with ProcessPoolExecutor(1, get_context("spawn")) as alone:
-            found.append(alone.submit(_pruning_time, method, structure, model, sequences, length, threads).result())
-    at["weights"] = found[0]["weights"]
-    rows = []
-    for metric, unit in (("time to prune", "s"), ("processor time to prune", "s"), ("peak memory", "B")):
-        values = [each[metric] for each in found]
-        rows.append(Measurement.now(metric, unit, median(values), low=min(values), high=max(values), structure=structure,
-                                    method=describe(method), at=at, source=_source(structure, method)))
-        write_row(rows[-1], CHAPTER, record)
-    return tuple(rows)
+            found.append(alone.submit(_pruning_costs, method, structure, model, sequences, length, threads).result())
+    rows = tuple(Measurement.now(metric, unit, median(values), low=min(values), high=max(values), structure=structure,
+                                 method=describe(method), at=at, source=_source(structure, method))
+                 for (metric, unit), values in zip(COSTS.items(), zip(*found)))
+    for row in rows:
+        write_row(row, CHAPTER, record)
+    return rows
 
 
-def _pruning_time(method: Method, structure: Structure, model: str, sequences: int, length: int, threads: int) -> dict[str, float]:
+def _pruning_costs(method: Method, structure: Structure, model: str, sequences: int, length: int, threads: int) -> tuple[float, float, float]:
+    """The values of ``COSTS``, once."""
     torch.set_num_threads(threads)
     made = build(model).eval()
     generator = torch.Generator().manual_seed(0)
     batches = list(torch.randint(made.config.vocab_size, (sequences, 1, length), generator=generator))
-    weights = sum(weight.nbytes for weight in made.parameters())
     plan, how = (method(structure), magnitude) if _is_plan(method) else (structure, method)
     start, busy = perf_counter(), process_time()
     prune_model(made, plan, how, batches, progress=False)
-    return {"time to prune": perf_counter() - start, "processor time to prune": process_time() - busy,
-            "peak memory": getrusage(RUSAGE_SELF).ru_maxrss * 1024, "weights": weights}
+    return perf_counter() - start, process_time() - busy, getrusage(RUSAGE_SELF).ru_maxrss * 1024
 
 
 def increases(rows: Iterable[Measurement]) -> dict[tuple[str, str], dict[tuple[int, int], float]]:
     """By (method, structure), then by (seed of the model, of the calibration): the loss above the same model's, dense."""
-    rows = [row for row in rows if row.metric == LOSS]
-    trained_there = lambda row: (row.machine.slug, row.at["settings"])  # a hash that covers the seed
-    dense = {trained_there(row): row.value for row in rows if row.structure == "dense"}
     found: dict[tuple[str, str], dict[tuple[int, int], float]] = {}
-    for row in rows:
-        if row.structure != "dense":
-            place = row.at["seed"], row.at["calibration"]
-            found.setdefault((row.method, row.structure), {})[place] = row.value - dense[trained_there(row)]
+    for row, above in above_dense(row for row in rows if row.metric == LOSS):
+        found.setdefault((row.method, row.structure), {})[row.at["seed"], row.at["calibration"]] = above
     return found
 
 

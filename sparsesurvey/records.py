@@ -31,7 +31,8 @@ class CorruptRecord(ValueError):
 
 @dataclass(frozen=True)
 class Measurement:
-    """One number. ``low`` and ``high`` are its 20th and 80th percentile where it has a spread, else equal to it.
+    """One number. ``low`` and ``high`` are its 20th and 80th percentile where it has a spread (of a few
+    values the least and the most), else equal to it.
 
     Units: ``s``, ``x`` (ratio to dense), ``FLOP/s``, ``B/s``, ``B``, ``fraction``, ``1``, or the field's own, such as
     ``nats/token``. Treat ``at`` as read-only.

@@ -8,6 +8,7 @@ from sparsesurvey.records import Measurement
 if TYPE_CHECKING:
     import pandas as pd
 
+TRAINING = ("model", "language", "steps", "batch", "seq", "optimizer", "lr")  # settings that runs share if their losses compare
 SCALES = {  # unit: steps of (size, name), the largest that fits is taken
     "s": ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns")),
     "B/s": ((1e12, "TB/s"), (1e9, "GB/s"), (1e6, "MB/s"), (1.0, "B/s")),
@@ -83,15 +84,31 @@ def called(row: Measurement) -> str:
     return row.structure if row.method in ("dense", "static", "factored") else f"{row.structure}, {row.method}"
 
 
+def above_dense(rows: Iterable[Measurement]) -> list[tuple[Measurement, float]]:
+    """Each row of a pruned model with how far its loss is above that of the same model, dense, among the rows."""
+    rows = list(rows)
+    model = lambda row: (row.machine.slug, row.at["settings"])  # a hash that covers the seed
+    dense = {model(row): row.value for row in rows if row.structure == "dense"}
+    return [(row, row.value - dense[model(row)]) for row in rows if row.structure != "dense"]
+
+
 def gaps(rows: Iterable[Measurement]) -> "pd.DataFrame":
     """How far each structure ends above dense, seed by seed: one line a structure and recipe, from rows of ``loss_curves``.
 
     Runs of one seed share their start and their batches, so the gap is taken within a seed: its mean, lowest and
     highest over the seeds. "resolved" says whether every seed's gap has the same sign and exceeds the range of dense
     over its seeds; with one seed nothing is resolved. No rows, no lines.
+
+    Raises:
+        ValueError: no dense run, or runs of several trainings (``TRAINING``), whose losses do not compare.
     """
     import pandas as pd
 
+    rows = list(rows)
+    for name in TRAINING:
+        kinds = {row.at.get(name) for row in rows}
+        if len(kinds) > 1:
+            raise ValueError(f"rows must be of one training, got {name} = {', '.join(sorted(map(str, kinds)))}")
     ends: dict[str, dict[int, Measurement]] = {}
     for row in rows:
         held = ends.setdefault(called(row), {}).get(row.at["seed"])

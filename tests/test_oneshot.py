@@ -15,6 +15,7 @@ from sparsesurvey.models import prune_model, samples
 from sparsesurvey.oneshot import LADDER, in_order, increases, losses, noise, pruning_time, released, table
 from sparsesurvey.scores import dass, magnitude, wanda
 from sparsesurvey.structures import NM
+from sparsesurvey.tables import above_dense
 from sparsesurvey.train import TrainConfig
 
 TINY = TrainConfig(steps=20, warmup=2, eval_every=20, eval_batches=2, batch=8, seq=32)
@@ -51,6 +52,14 @@ def test_increases_are_over_the_same_model(rows):
     row = next(row for row in rows if row.method == "released" and row.at["seed"] == 1 and row.at["calibration"] == 1)
     assert found["released", row.structure][1, 1] == row.value - dense[1]
     assert found["magnitude", "2:4"][0, 0] == found["magnitude", "2:4"][0, 1]
+
+
+def test_a_model_of_another_machine_is_another_model(rows):
+    elsewhere = [replace(row, value=row.value + 1, high=row.high + 1, machine=replace(row.machine, name="another")) for row in rows]
+    both = {(row.machine.slug, row.key): above for row, above in above_dense([*rows, *elsewhere])}
+    for here, there in zip(rows, elsewhere):
+        if here.structure != "dense":
+            assert both[here.machine.slug, here.key] == pytest.approx(both[there.machine.slug, there.key])
 
 
 def test_tables(rows):
@@ -120,7 +129,7 @@ def test_what_the_chapter_says_of_the_order_is_in_the_rows():
     """Each method loses less than the one before it, in every recorded model of the first way, at both patterns; E-Sparse
     and RIA in the first three of five only."""
     rows = [row for row in recorded("pruning") if row.at.get("model") == "bytes" and row.at.get("calibration", 0) == 0]
-    mine = oneshot.trained_as([row for row in rows if row.metric == LOSS and row.structure in ("dense", "2:4", "4:8")], list(oneshot.WAYS)[0])
+    mine = oneshot.trained_as([row for row in rows if row.metric == LOSS and row.structure in ("dense", "2:4", "4:8")], "AdamW at 0.0045, as transformers")
     order = ["magnitude", "Wanda", "E-Sparse", "RIA", "DaSS as released", "SparseGPT", "ALPS"]
     three = oneshot.in_order([row for row in mine if row.at["seed"] < 3], order)
     assert len(three) == 12 and (three["models"] == 3).all() and (three["as expected"] == 3).all()

@@ -1,5 +1,7 @@
 """The scoreboard and the figures of rows, on rows written by hand."""
 
+from dataclasses import replace
+
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
@@ -79,6 +81,12 @@ def test_gaps_are_paired_by_seed():
     assert frame.loc["8:16", "lowest"] == pytest.approx(-0.05) and frame.loc["8:16", "resolved"] == "no"
     with pytest.raises(ValueError, match="dense run"):
         gaps([loss("2:4", 0, 2.0)])
+
+
+def test_losses_of_two_trainings_have_no_gap():
+    dense, other = loss("dense", 0, 2.0), loss("2:4", 0, 2.3)
+    with pytest.raises(ValueError, match="rows must be of one training, got batch = 16, None"):
+        gaps([dense, replace(other, at={**other.at, "batch": 16})])
 
 
 def test_one_seed_resolves_nothing():
